@@ -1,0 +1,38 @@
+# make demo: everything from a fresh clone to a scored data set. make test: the same, to green tests.
+# Both need Python 3.10 or later with venv, and a C++17 compiler (GCC or Clang).
+PYTHON ?= python3
+VENV ?= .venv
+# This exact version resolves to a CPU build where one is offered. Leave it empty to keep a torch
+# that the environment already has: make test TORCH=
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.PHONY: demo test bench lint doctor clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m examples.digits --out demo-output
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/ready
+	$(BIN)/python -m bench.report
+
+doctor: $(VENV)/ready
+	$(BIN)/python -m fastfi.doctor
+
+lint: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet "ruff>=0.11" "mypy>=1.11"
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# The editable install builds fastfi/_C in the source tree; changed sources build it again.
+$(VENV)/ready: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info fastfi/_C.*.so demo-output
