@@ -1,0 +1,73 @@
+// The only file of the CPU module that knows Python. Addresses come as integers, made by
+// tensor.data_ptr(); shapes and dtypes were checked by fastfi/backends/cpu.py.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using fastfi::KernelTable;
+
+const KernelTable& table_named(const std::string& name) {
+  for (const KernelTable* const* t = fastfi::runnable_tables(); *t; ++t)
+    if (name.empty() || name == (*t)->name) return **t;
+  throw std::invalid_argument("instruction set '" + name + "' is not available on this CPU");
+}
+
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void gram(std::uintptr_t rows, bool is_double, int64_t batch, int64_t count, int64_t columns,
+          std::uintptr_t out, int threads, const std::string& isa) {
+  const KernelTable& table = table_named(isa);
+  fastfi::run_gram(table, {at<const void>(rows), is_double, batch, count, columns, at<double>(out)},
+                   threads);
+}
+
+void solve(int rule, std::uintptr_t gram, std::uintptr_t log_prob, std::uintptr_t label,
+           std::uintptr_t grad, std::uintptr_t tau, double tolerance, double row_tolerance,
+           double eps, int64_t samples, int64_t blocks, int64_t n, int64_t classes,
+           std::uintptr_t fi, std::uintptr_t rank, int threads, const std::string& isa) {
+  const KernelTable& table = table_named(isa);
+  fastfi::SolveProblem p;
+  p.rule = static_cast<fastfi::Rule>(rule);
+  p.objective = label ? 0 : grad ? 1 : 2;
+  p.gram = at<const double>(gram);
+  p.log_prob = at<const double>(log_prob);
+  p.label = at<const int64_t>(label);
+  p.grad = at<const double>(grad);
+  p.tau = at<const double>(tau);
+  p.tolerance = tolerance;
+  p.row_tolerance = row_tolerance;
+  p.eps = eps;
+  p.samples = samples;
+  p.blocks = blocks;
+  p.n = n;
+  p.classes = classes;
+  p.fi = at<double>(fi);
+  p.rank = at<int64_t>(rank);
+  fastfi::run_solve(table, p, threads);
+}
+
+py::list instruction_sets() {
+  py::list names;
+  for (const KernelTable* const* t = fastfi::runnable_tables(); *t; ++t) names.append((*t)->name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("gram", &gram, release());
+  m.def("solve", &solve, release());
+  m.def("instruction_sets", &instruction_sets, "Runnable on this CPU, the one in use first.");
+}

@@ -1,0 +1,100 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace fastfi {
+
+extern const KernelTable kTable_portable;
+#ifdef FASTFI_X86
+extern const KernelTable kTable_avx2;
+extern const KernelTable kTable_avx512;
+#endif
+
+namespace {
+
+struct Runnable {
+  const KernelTable* table[4] = {};
+  Runnable() {
+    int n = 0;
+#ifdef FASTFI_X86
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    if (avx512) table[n++] = &kTable_avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) table[n++] = &kTable_avx2;
+#endif
+    table[n++] = &kTable_portable;
+  }
+};
+
+constexpr std::align_val_t kAlign{64};
+
+struct Release {
+  void operator()(double* p) const { ::operator delete(p, kAlign); }
+};
+using Scratch = std::unique_ptr<double, Release>;
+
+// Calls work(begin, end, scratch) over all units. Threads take chunks of units from a counter, so
+// that a slow core does not hold up the others; results do not depend on who takes what. Threads
+// live for the call only: nothing is left behind that a fork could break.
+template <class Work>
+void spread(int64_t units, int64_t scratch_doubles, int threads, int64_t grain, Work work) {
+  if (units == 0) return;
+  const int64_t useful = (units + grain - 1) / grain;
+  const int count = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
+  std::vector<Scratch> scratch;
+  const std::size_t bytes = static_cast<std::size_t>(scratch_doubles) * sizeof(double);
+  for (int t = 0; t < count; ++t)
+    scratch.emplace_back(static_cast<double*>(::operator new(bytes, kAlign)));
+  const int64_t chunk = std::max<int64_t>(1, std::min(grain, units / (4 * count)));
+  std::atomic<int64_t> next{0};
+  auto run = [&](int t) {
+    for (int64_t begin; (begin = next.fetch_add(chunk)) < units;)
+      work(begin, std::min(begin + chunk, units), scratch[t].get());
+  };
+  std::vector<std::thread> others;
+  others.reserve(count - 1);
+  for (int t = 1; t < count; ++t) {
+    try {
+      others.emplace_back(run, t);
+    } catch (const std::system_error&) {
+      break;  // no more threads to be had: those that run take all the work
+    }
+  }
+  run(0);
+  for (std::thread& thread : others) thread.join();
+}
+
+// A thread costs some 20 microseconds to start, so that each should have about 100000 flops.
+int64_t grain_for(double flops_per_unit) {
+  return std::max<int64_t>(1, static_cast<int64_t>(1e5 / (flops_per_unit + 1.0)));
+}
+
+}  // namespace
+
+const KernelTable* const* runnable_tables() {
+  static const Runnable runnable;
+  return runnable.table;
+}
+
+void run_gram(const KernelTable& table, const GramProblem& p, int threads) {
+  const double flops = static_cast<double>(p.count) * p.columns * std::min<int64_t>(p.count, 48);
+  spread(table.gram_units(p), table.gram_scratch(p), threads, grain_for(flops),
+         [&](int64_t begin, int64_t end, double* s) { table.gram(p, begin, end, s); });
+}
+
+void run_solve(const KernelTable& table, const SolveProblem& p, int threads) {
+  const double n = static_cast<double>(p.n);
+  const double flops = 10.0 * n * n * n + 100.0 * n;
+  spread(table.solve_units(p), table.solve_scratch(p), threads, grain_for(flops),
+         [&](int64_t begin, int64_t end, double* s) { table.solve(p, begin, end, s); });
+}
+
+}  // namespace fastfi

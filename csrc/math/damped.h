@@ -1,0 +1,89 @@
+// FI_tau = h^T (G + tau I)^-1 h by one Cholesky factorisation.
+//
+// The covariance S = diag(P') - P' P'^T of the contrasts is W W^T with W = diag(p) (I - b p p^T),
+// p = sqrt(P'), b = 1 / (1 + sqrt(P_0)). With M = W^T N W and u = W^-1 g', h = D^T g':
+// FI_tau = u^T M (M + tau I)^-1 u.
+#pragma once
+
+#include "classes.h"
+#include "linalg.h"
+
+FASTFI_BEGIN
+
+FASTFI_HD int64_t damped_scratch(int64_t classes) {
+  const int64_t r = classes - 1;
+  return r * r + 3 * r + 2 * classes;
+}
+
+// Arguments as in solve_exact; tau >= 0, and 0 (a metric that vanishes) gives 0.
+template <class V, int NS>
+FASTFI_HD void solve_damped(const V* gram, const V* log_prob, Index<V> label, const V* grad,
+                            Objective kind, int64_t n_, int64_t r_, V tau, V* scratch, V* fi_out) {
+  const int64_t r = NS > 0 ? NS : r_;
+  const int64_t n = NS > 0 ? NS : n_;
+  const int64_t classes = r + 1;
+  V* sqrt_p = scratch;
+  V* inv_sqrt_p = sqrt_p + classes;
+  V* u = inv_sqrt_p + classes;
+  V* mu = u + r;
+  V* weighted = mu + r;
+  V* m = weighted + r;
+
+  class_weights(log_prob, classes, sqrt_p, inv_sqrt_p);
+  const V* p = sqrt_p + 1;
+  const V* inv_p = inv_sqrt_p + 1;
+  const V top = sqrt_p[0];
+  const V beta = 1.0 / (1.0 + top);
+
+  // A = diag(p) N diag(p), then M = A - b (p a^T + a p^T) + b^2 (p.a) p p^T with a = A p.
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) m[i * r + j] = p[i] * gram[i * n + j] * p[j];
+    weighted[i] = dot(m + i * r, p, r);
+  }
+  const V half = dot(weighted, p, r) * beta * 0.5;
+  for (int64_t i = 0; i < r; ++i) weighted[i] = beta * (weighted[i] - half * p[i]);
+  const Mask<V> positive = tau > 0.0;
+  const V shift = select(positive, tau, V{} + 1.0);
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j <= i; ++j) m[i * r + j] -= p[i] * weighted[j] + weighted[i] * p[j];
+    m[i * r + i] += shift;
+  }
+  cholesky(m, r, r);
+
+  if (kind == Objective::kRow) {
+    for (int64_t k = 0; k < r; ++k) mu[k] = p[k] * gram[k * n + r];
+  } else {
+    V* g = weighted;  // N (W u) = N g', before it is overwritten
+    if (kind == Objective::kCrossEntropy) {
+      const Mask<V> is_top = label == 0;
+      const V inv_top = 1.0 / top;
+      for (int64_t k = 0; k < r; ++k) {
+        const V hit = select(label == k + 1, V{} + 1.0, V{});
+        g[k] = p[k] * p[k] - hit;
+        u[k] = select(is_top, p[k] * inv_top, beta * p[k] - hit * inv_p[k]);
+      }
+    } else {
+      V sum = V{};
+      for (int64_t k = 0; k < r; ++k) {
+        g[k] = grad[k + 1];
+        sum += g[k];
+      }
+      const V along = sum * beta / top;
+      for (int64_t k = 0; k < r; ++k) u[k] = g[k] * inv_p[k] + along * p[k];
+    }
+    for (int64_t k = 0; k < r; ++k) mu[k] = p[k] * dot(gram + k * n, g, r);
+  }
+  const V along = beta * dot(mu, p, r);
+  for (int64_t k = 0; k < r; ++k) mu[k] -= along * p[k];
+  forward_substitute(m, r, r, mu);
+  V fi;
+  if (kind == Objective::kRow) {
+    fi = (gram[r * n + r] - dot(mu, mu, r)) / shift;
+  } else {
+    forward_substitute(m, r, r, u);
+    fi = dot(u, mu, r);
+  }
+  *fi_out = select(positive & (fi > 0.0), fi, V{});
+}
+
+FASTFI_END

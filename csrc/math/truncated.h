@@ -1,0 +1,112 @@
+// The rule of Shu and Zhu's published scripts: L0_k = dP_k / (sqrt(P_k) + eps), singular values of
+// L0 above eps kept, FI = sum (u_i . h)^2 / s_i^2, and for cross-entropy h = -dP_y / (P_y + eps).
+//
+// A pivoted Cholesky factor gives the contrasts in an orthonormal basis of their span. The rows of
+// A = (weighted, centred factor)^T [r, K] are then made orthogonal by one-sided Jacobi rotations,
+// which act on h's coordinates too: at the end s_i is a row's norm and u_i . h a coordinate. No
+// Gram matrix of L0 is formed, so small singular values keep their digits.
+#pragma once
+
+#include "classes.h"
+#include "pivoted_cholesky.h"
+
+FASTFI_BEGIN
+
+FASTFI_HD int64_t truncated_scratch(int64_t n, int64_t classes) {
+  const int64_t r = classes - 1;
+  return r * n + r * classes + 3 * r + 3 * classes;
+}
+
+// One rotation of rows a, b (squared norms na, nb) that makes them orthogonal; ha, hb turn along.
+// Returns whether any lane still had to turn.
+template <class V>
+FASTFI_HD bool jacobi_rotate(V* a, V* b, int64_t n, double tolerance, V* na, V* nb, V* ha, V* hb) {
+  const V g = dot(a, b, n);
+  const Mask<V> turn = g * g > *na * *nb * (tolerance * tolerance);
+  if (!any(turn)) return false;
+  const V zeta = (*nb - *na) / select(turn, 2.0 * g, V{} + 1.0);
+  const V size = select(zeta < 0.0, -zeta, zeta);
+  V t = 1.0 / (size + sqrt_of(1.0 + zeta * zeta));
+  t = select(turn, select(zeta < 0.0, -t, t), V{});
+  const V c = 1.0 / sqrt_of(1.0 + t * t);
+  const V s = c * t;
+  for (int64_t k = 0; k < n; ++k) {
+    const V x = a[k], y = b[k];
+    a[k] = c * x - s * y;
+    b[k] = s * x + c * y;
+  }
+  const V x = *ha, y = *hb;
+  *ha = c * x - s * y;
+  *hb = s * x + c * y;
+  const V less = *na - t * g;
+  *na = select(less > 0.0, less, V{});
+  *nb += t * g;
+  return true;
+}
+
+// Arguments as in solve_exact; eps > 0. rank_out counts the singular values above eps.
+template <class V, int NS>
+FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label, const V* grad,
+                               Objective kind, int64_t n_, int64_t r_, double tolerance, double eps,
+                               V* scratch, V* fi_out, V* rank_out) {
+  const int64_t r = NS > 0 ? NS : r_;
+  const int64_t n = NS > 0 ? NS : n_;
+  const int64_t classes = r + 1;
+  V* sqrt_p = scratch;
+  V* inv_sqrt_p = sqrt_p + classes;
+  V* weight = inv_sqrt_p + classes;
+  V* residual = weight + classes;
+  V* h = residual + r;
+  V* norm = h + r;
+  V* factor = norm + r;
+  V* a = factor + r * n;
+
+  class_weights(log_prob, classes, sqrt_p, inv_sqrt_p);
+  for (int64_t k = 0; k < classes; ++k) weight[k] = sqrt_p[k] * sqrt_p[k] / (sqrt_p[k] + eps);
+  V largest, smallest;
+  const V rank =
+      pivoted_cholesky<V, NS>(gram, n, r, tolerance, factor, residual, &largest, &smallest);
+  int64_t steps = r;
+  while (steps > 0 && !any(rank > static_cast<double>(steps - 1))) --steps;
+
+  const V p_y = kind == Objective::kCrossEntropy ? gather(sqrt_p, label) : V{};
+  const V of_label = p_y * p_y / (p_y * p_y + eps);
+  for (int64_t i = 0; i < steps; ++i) {
+    const V* row = factor + i * n;
+    V* ai = a + i * classes;
+    V mean = V{};
+    for (int64_t k = 0; k < r; ++k) mean += row[k] * sqrt_p[k + 1] * sqrt_p[k + 1];
+    ai[0] = -mean;  // row i of dl_k in the orthonormal basis
+    for (int64_t k = 0; k < r; ++k) ai[k + 1] = row[k] - mean;
+    if (kind == Objective::kCrossEntropy)
+      h[i] = -gather(ai, label) * of_label;
+    else if (kind == Objective::kGradient)
+      h[i] = dot(grad + 1, row, r);
+    else
+      h[i] = row[r];
+    for (int64_t k = 0; k < classes; ++k) ai[k] *= weight[k];
+  }
+
+  // Rows converge when every cosine is at rounding level; one-sided Jacobi needs 5 to 8 sweeps.
+  const double cosine = 2.220446049250313e-16 * static_cast<double>(classes);
+  for (int sweep = 0; sweep < 40; ++sweep) {
+    for (int64_t i = 0; i < steps; ++i) norm[i] = dot(a + i * classes, a + i * classes, classes);
+    bool turned = false;
+    for (int64_t i = 0; i < steps; ++i)
+      for (int64_t j = i + 1; j < steps; ++j)
+        turned |= jacobi_rotate(a + i * classes, a + j * classes, classes, cosine, norm + i,
+                                norm + j, h + i, h + j);
+    if (!turned) break;
+  }
+  V fi = V{}, kept = V{};
+  for (int64_t i = 0; i < steps; ++i) {
+    const V square = dot(a + i * classes, a + i * classes, classes);
+    const Mask<V> keep = square > eps * eps;
+    fi += select(keep, h[i] * h[i] / select(keep, square, V{} + 1.0), V{});
+    kept += select(keep, V{} + 1.0, V{});
+  }
+  *fi_out = fi;
+  *rank_out = kept;
+}
+
+FASTFI_END

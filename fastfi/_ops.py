@@ -1,0 +1,109 @@
+"""Operator schemas, their argument checks and their fake kernels. No kernel lives here.
+
+The four operators work on one convention. A sample has ``K`` classes, ordered so that class 0 is
+the reference ``t`` (the most probable one); row ``r`` of a Gram matrix belongs to class ``r + 1``
+and holds the contrast ``D_r = d(z_{r+1} - z_0) / d omega``. A solve takes the objective in one of
+three forms:
+
+* ``label`` (int64, a position in that order), ``grad=None``: cross-entropy, ``f = -log P_label``;
+* ``grad = df/dz`` [B, K] with zero sum, ``label=None``: ``h = sum_k grad_k dl_k``;
+* neither, and ``gram`` with one row more than contrasts (n = K): the last row is ``h`` itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["OP_NAMES", "check_gram", "check_solve"]
+
+OP_NAMES = ("gram", "solve_exact", "solve_truncated", "solve_damped")
+
+_SOLVE = "Tensor gram, Tensor log_prob, Tensor? label, Tensor? grad"
+
+torch.library.define("fastfi::gram", "(Tensor rows) -> Tensor")
+torch.library.define("fastfi::solve_exact", f"({_SOLVE}, float rtol) -> (Tensor, Tensor)")
+torch.library.define("fastfi::solve_truncated", f"({_SOLVE}, float eps) -> (Tensor, Tensor)")
+torch.library.define("fastfi::solve_damped", f"({_SOLVE}, Tensor tau) -> Tensor")
+
+_ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_gram(rows: Tensor) -> None:
+    """Raises ValueError unless ``rows`` is a floating-point tensor [B, R, p]."""
+    if rows.dim() != 3:
+        raise ValueError(f"gram: expected rows [B, R, p], got shape {list(rows.shape)}")
+    if rows.dtype not in _ROW_DTYPES:
+        raise ValueError(f"gram: expected float16, bfloat16, float32 or float64, got {rows.dtype}")
+
+
+def _check(condition: bool, op: str, expected: str, name: str, t: Tensor | None) -> None:
+    if not condition:
+        came = "None" if t is None else f"{t.dtype} {list(t.shape)} on {t.device}"
+        raise ValueError(f"{op}: expected {name} {expected}, got {came}")
+
+
+def check_solve(
+    op: str,
+    gram: Tensor,
+    log_prob: Tensor,
+    label: Tensor | None,
+    grad: Tensor | None,
+    tau: Tensor | None = None,
+) -> None:
+    """Raises ValueError, naming the argument, unless the arguments of a solve fit together."""
+    f64 = torch.float64
+    ok = log_prob.dim() == 2 and log_prob.dtype == f64 and log_prob.shape[1] >= 2
+    _check(ok, op, "float64 [B, K] with K >= 2", "log_prob", log_prob)
+    batch, classes = log_prob.shape
+    if label is not None and grad is not None:
+        raise ValueError(f"{op}: expected label or grad, got both")
+    n = classes - 1 if label is not None or grad is not None else classes
+    ok = gram.dim() >= 3 and gram.dtype == f64 and gram.shape[0] == batch
+    ok = ok and gram.shape[-1] == n and gram.shape[-2] == n
+    _check(ok, op, f"float64 [{batch}, ..., {n}, {n}]", "gram", gram)
+    if label is not None:
+        ok = label.dtype == torch.int64 and label.shape == (batch,)
+        _check(ok, op, f"int64 [{batch}]", "label", label)
+    if grad is not None:
+        ok = grad.dtype == f64 and grad.shape == (batch, classes)
+        _check(ok, op, f"float64 [{batch}, {classes}]", "grad", grad)
+    if tau is not None:
+        _check(tau.dtype == f64 and tau.shape == (batch,), op, f"float64 [{batch}]", "tau", tau)
+    for name, t in (("log_prob", log_prob), ("label", label), ("grad", grad), ("tau", tau)):
+        _check(t is None or t.device == gram.device, op, f"on {gram.device}", name, t)
+
+
+@torch.library.register_fake("fastfi::gram")
+def _(rows: Tensor) -> Tensor:
+    check_gram(rows)
+    return rows.new_empty((rows.shape[0], rows.shape[1], rows.shape[1]), dtype=torch.float64)
+
+
+def _fake_pair(gram: Tensor) -> tuple[Tensor, Tensor]:
+    shape = gram.shape[:-2]
+    return gram.new_empty(shape), gram.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("fastfi::solve_exact")
+def _(
+    gram: Tensor, log_prob: Tensor, label: Tensor | None, grad: Tensor | None, rtol: float
+) -> tuple[Tensor, Tensor]:
+    check_solve("solve_exact", gram, log_prob, label, grad)
+    return _fake_pair(gram)
+
+
+@torch.library.register_fake("fastfi::solve_truncated")
+def _(
+    gram: Tensor, log_prob: Tensor, label: Tensor | None, grad: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    check_solve("solve_truncated", gram, log_prob, label, grad)
+    return _fake_pair(gram)
+
+
+@torch.library.register_fake("fastfi::solve_damped")
+def _(
+    gram: Tensor, log_prob: Tensor, label: Tensor | None, grad: Tensor | None, tau: Tensor
+) -> Tensor:
+    check_solve("solve_damped", gram, log_prob, label, grad, tau)
+    return gram.new_empty(gram.shape[:-2])

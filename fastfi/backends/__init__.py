@@ -1,0 +1,26 @@
+"""Implementations of the operators of :mod:`fastfi._ops`, and the one place that registers them."""
+
+from __future__ import annotations
+
+import torch
+
+from fastfi._ops import OP_NAMES
+from fastfi.backends import cpu, reference
+
+__all__ = ["backends"]
+
+for _name in OP_NAMES:
+    # The reference serves every device that has no kernel of its own.
+    torch.library.impl(f"fastfi::{_name}", "default")(getattr(reference, _name))
+    torch.library.register_kernel(f"fastfi::{_name}", "cpu", getattr(cpu, _name))
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """Which kernel each operator runs, by device type.
+
+    Returns:
+        ``{operator: {device type: kernel}}``; ``"default"`` stands for every device that is not
+        named. The CPU's entry names the instruction set in use.
+    """
+    kernel = f"C++ ({cpu.instruction_sets()[0]})"
+    return {name: {"cpu": kernel, "default": "torch reference"} for name in OP_NAMES}

@@ -1,0 +1,80 @@
+"""Every exception that fastfi raises on purpose.
+
+All derive from :class:`FastfiError`, and from the built-in class that a caller would otherwise have
+caught (``ValueError``, ``RuntimeError``). Messages say what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "DataError",
+    "FastfiError",
+    "InputError",
+    "LabelError",
+    "ModelModeError",
+    "NonFiniteError",
+    "OptionError",
+    "OutputError",
+    "WeightsError",
+]
+
+
+def list_some(values: Sequence[int], most: int = 10) -> str:
+    """``"3, 7, 12, ... (20 in all)"``."""
+    text = ", ".join(map(str, values[:most]))
+    return text + (f", ... ({len(values)} in all)" if len(values) > most else "")
+
+
+class FastfiError(Exception):
+    """Base class of every error raised by fastfi."""
+
+
+class InputError(FastfiError, ValueError):
+    """The input ``x`` cannot be used: not floating point, empty, wrong number of dimensions."""
+
+
+class LabelError(FastfiError, ValueError):
+    """The labels ``y`` cannot be used: wrong dtype, wrong length, out of range."""
+
+
+class ModelModeError(FastfiError, RuntimeError):
+    """The model is in a state in which its samples are random or depend on one another."""
+
+
+class OutputError(FastfiError, ValueError):
+    """The model returned something that is not a batch of logits, log-probabilities or
+    probabilities."""
+
+
+class OptionError(FastfiError, ValueError):
+    """An option (``inverse``, ``objective``, ``lump``, ...) has a value that has no meaning."""
+
+
+class NonFiniteError(FastfiError, ValueError):
+    """Pixels or logits are NaN or infinite.
+
+    Attributes:
+        indices: the positions in the batch of the samples concerned, in increasing order.
+    """
+
+    def __init__(self, message: str, indices: Sequence[int]) -> None:
+        self.indices = tuple(sorted(indices))
+        self._message = message
+        super().__init__(message, indices)
+
+    def __str__(self) -> str:
+        return self._message.format(samples=list_some(self.indices))
+
+    def at(self, positions: Sequence[int]) -> NonFiniteError:
+        """The same error for samples that stand at other positions of the caller's batch."""
+        return NonFiniteError(self._message, [positions[i] for i in self.indices])
+
+
+class DataError(FastfiError, ValueError):
+    """A data file or folder cannot be read; the message names it."""
+
+
+class WeightsError(FastfiError, ValueError):
+    """A weights file cannot be read safely or does not fit the model (the message names keys)."""
