@@ -1,0 +1,167 @@
+"""Every check of what a user passes in. Messages say what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from fastfi.errors import (
+    InputError,
+    LabelError,
+    ModelModeError,
+    NonFiniteError,
+    OptionError,
+    OutputError,
+    list_some,
+)
+
+__all__ = [
+    "check_finite",
+    "check_input",
+    "check_label_range",
+    "check_labels",
+    "check_log_prob_sum",
+    "check_lump",
+    "check_model",
+    "check_prob",
+]
+
+
+def check_input(x: Any) -> None:
+    """x is a floating-point tensor [B, ...] with B >= 1, at least one pixel, and finite values."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dim() < 2:
+        raise InputError(f"x: expected a batch [B, ...] of samples, got shape {list(x.shape)}")
+    if not x.is_floating_point():
+        raise InputError(
+            f"x: expected a floating-point tensor, got {x.dtype}; convert and scale it as for the "
+            "model's training, for example x.float() / 255"
+        )
+    if x.numel() == 0:
+        raise InputError(
+            f"x: expected at least one sample and one pixel, got shape {list(x.shape)}"
+        )
+    check_finite(x.detach(), "x", "pixels")
+
+
+def check_finite(values: Tensor, name: str, what: str) -> None:
+    """NonFiniteError with the positions of the samples that hold NaN or infinite values."""
+    # A sum is finite unless a term is not (or it overflows): one pass, no temporary.
+    if bool(values.sum(dtype=torch.float64).isfinite()):
+        return
+    bad = (~values.flatten(1).isfinite()).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(
+            f"{name}: expected finite {what}, got NaN or infinite ones in samples {{samples}}", bad
+        )
+
+
+def _modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+    if isinstance(owner, nn.Module):
+        yield from owner.named_modules()
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Does this module, in training mode, draw random numbers or mix the samples of a batch?"""
+    if isinstance(module, (_BatchNorm, nn.RReLU)):
+        return True
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return module.dropout > 0
+    return False
+
+
+def check_model(model: Any) -> None:
+    """model is callable, and each sample's output is a fixed function of that sample alone."""
+    if not callable(model):
+        raise OptionError(f"model: expected a callable, got {type(model).__name__}")
+    training = [f"{n or 'model'} ({type(m).__name__})" for n, m in _modules(model)
+                if m.training and _is_random(m)]  # fmt: skip
+    if training:
+        raise ModelModeError(
+            "model: expected evaluation mode, got training mode, in which outputs are random or "
+            f"depend on the batch, in {', '.join(training[:5])}"
+            + (f" and {len(training) - 5} more" if len(training) > 5 else "")
+            + "; call model.eval() first"
+        )
+    mixing = [n or "model" for n, m in _modules(model)
+              if isinstance(m, _BatchNorm) and m.running_mean is None]  # fmt: skip
+    if mixing:
+        raise ModelModeError(
+            "model: expected each sample's output to depend on that sample alone, got BatchNorm "
+            f"without running statistics (track_running_stats=False) in {', '.join(mixing[:5])}, "
+            "which mixes the samples of a batch"
+        )
+
+
+def check_labels(y: Any, batch: int, device: torch.device) -> Tensor:
+    """Labels [B] as int64 on ``device``; integers of any width are accepted."""
+    y = torch.as_tensor(y)
+    if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
+        hint = "; one-hot labels: pass y.argmax(1)" if y.dim() == 2 else ""
+        raise LabelError(f"y: expected integer class indices, got {y.dtype}{hint}")
+    if y.shape != (batch,):
+        raise LabelError(f"y: expected one label per sample, [{batch}], got shape {list(y.shape)}")
+    y = y.to(device=device, dtype=torch.int64)
+    if int(y.min()) < 0:
+        _wrong_labels(y, y < 0, "from 0 to K - 1")
+    return y
+
+
+def check_label_range(y: Tensor | None, classes: int) -> None:
+    """Labels are below the number of classes."""
+    if y is not None and int(y.max()) >= classes:
+        _wrong_labels(y, y >= classes, f"from 0 to {classes - 1}")
+
+
+def _wrong_labels(y: Tensor, wrong: Tensor, expected: str) -> None:
+    bad = wrong.nonzero().flatten().tolist()
+    values = sorted(set(y[wrong].tolist()))
+    raise LabelError(
+        f"y: expected labels {expected}, got {list_some(values)} in samples {list_some(bad)}"
+    )
+
+
+def check_lump(lump: float | None) -> None:
+    """lump is None or a probability between 0 and 1."""
+    if lump is not None and not 0 < lump < 1:
+        raise OptionError(f"lump: expected a probability mass between 0 and 1, got {lump!r}")
+
+
+def check_prob(prob: Tensor) -> None:
+    """prob [B, K] are positive numbers that sum to 1."""
+    p = prob.detach()
+    check_finite(p, "model", "probabilities")
+    bad = ((p < 0).any(1) | ((p.sum(1, dtype=torch.float64) - 1).abs() > 1e-2)).nonzero()
+    if bad.numel() > 0:
+        raise OutputError(
+            "model: expected probabilities (not negative, with sum 1) because of outputs='probs', "
+            f"got others in samples {list_some(bad.flatten().tolist())}"
+        )
+    zero = (p == 0).any(1).nonzero().flatten().tolist()
+    if zero:
+        raise NonFiniteError(
+            "model: expected probabilities above 0, whose logarithms are finite, got 0 in samples "
+            "{samples}; let the model return logits or log-probabilities",
+            zero,
+        )
+
+
+def check_log_prob_sum(log_prob: Tensor) -> None:
+    """log_prob [B, K] are logarithms of probabilities that sum to 1."""
+    total = log_prob.detach().double().logsumexp(1)
+    bad = (total.abs() > 1e-2).nonzero().flatten().tolist()
+    if bad:
+        raise OutputError(
+            "model: expected log-probabilities (whose exponentials have sum 1) because of "
+            f"outputs='log_probs', got others in samples {list_some(bad)}; for unnormalised values "
+            "use outputs='logits'"
+        )

@@ -1,0 +1,140 @@
+"""The three inverses of the metric tensor: Exact, Truncated, Damped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastfi.errors import OptionError
+
+__all__ = ["Damped", "Exact", "Inverse", "Truncated", "as_inverse", "metric_trace"]
+
+
+def _positive(name: str, value: float) -> None:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        raise OptionError(f"{name}: expected a finite number above 0, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The definition, ``FI = h^T G^+ h`` (Shu and Zhu 2019, equation 6).
+
+    Args:
+        rtol: relative length under which a contrast row counts as dependent on the others; ``None``
+            means K times the machine epsilon of the precision in which the rows were computed.
+            The Gram matrix is held in float64, so values below ``sqrt(8 K eps64)``, 1.3e-7 for ten
+            classes, act as that.
+
+    Raises:
+        OptionError: ``rtol`` is negative or not finite.
+    """
+
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rtol is not None and not (math.isfinite(self.rtol) and self.rtol >= 0):
+            raise OptionError(f"Exact: expected rtol >= 0 or None, got {self.rtol!r}")
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """The rule of Shu and Zhu's published scripts, with which their tables and figures were made.
+
+    ``L0_k = dP_k / (sqrt(P_k) + eps)``, ``h = -dP_y / (P_y + eps)``, and singular values of L0 up
+    to ``eps`` are dropped. The cut is absolute: it depends on the pixels' scale (theirs: 0..255).
+
+    Args:
+        eps: above 0.
+
+    Raises:
+        OptionError: ``eps`` is not a finite number above 0.
+    """
+
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _positive("Truncated eps", self.eps)
+
+
+@dataclass(frozen=True)
+class Damped:
+    """``FI_tau = h^T (G + tau I)^-1 h`` with ``tau = alpha * trace(G_ref)``.
+
+    G_ref is the metric of the whole input, so that rescaling all of it changes nothing.
+
+    Args:
+        alpha: above 0. The relative rounding error grows as 1e-16 / alpha.
+
+    Raises:
+        OptionError: ``alpha`` is not a finite number above 0.
+    """
+
+    alpha: float = 1e-2
+
+    def __post_init__(self) -> None:
+        _positive("Damped alpha", self.alpha)
+
+
+Inverse = Exact | Truncated | Damped
+
+_NAMES: dict[str, type[Exact] | type[Truncated] | type[Damped]] = {
+    "exact": Exact,
+    "truncated": Truncated,
+    "damped": Damped,
+}
+
+
+def as_inverse(inverse: Inverse | str) -> Inverse:
+    """The inverse of that name, or the one given; OptionError for anything else."""
+    if isinstance(inverse, (Exact, Truncated, Damped)):
+        return inverse
+    if isinstance(inverse, str) and inverse in _NAMES:
+        return _NAMES[inverse]()
+    raise OptionError(
+        "inverse: expected 'exact', 'truncated', 'damped' or an instance of fastfi.Exact, "
+        f"fastfi.Truncated, fastfi.Damped, got {inverse!r}"
+    )
+
+
+def metric_trace(gram: Tensor, log_prob: Tensor) -> Tensor:
+    """trace G = E |D|^2 - |E D|^2 over the classes, with D_t = 0: [B].
+
+    The difference loses at most a factor K, because t is the most probable class.
+
+    Args:
+        gram: N [B, R, R] float64 of the contrasts alone.
+        log_prob: [B, K] float64, K = R + 1.
+    """
+    p = log_prob[:, 1:].exp()  # [B, R]
+    mean = (gram @ p[:, :, None]).squeeze(2)  # [B, R]
+    spread = gram.diagonal(dim1=1, dim2=2) - mean
+    return (p * spread).sum(1).clamp(min=0.0)
+
+
+def solve(
+    inverse: Inverse,
+    gram: Tensor,
+    log_prob: Tensor,
+    label: Tensor | None,
+    grad: Tensor | None,
+    rtol: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Runs the operator of one inverse on blocks of their own metric: FI [B], rank [B] or None.
+
+    Args:
+        rtol: the default of :class:`Exact`, used where it names none.
+        others: as the operators of :mod:`fastfi._ops`.
+    """
+    if isinstance(inverse, Exact):
+        rtol = rtol if inverse.rtol is None else inverse.rtol
+        fi, rank = torch.ops.fastfi.solve_exact(gram, log_prob, label, grad, rtol)
+        return fi, rank
+    if isinstance(inverse, Truncated):
+        fi, rank = torch.ops.fastfi.solve_truncated(gram, log_prob, label, grad, inverse.eps)
+        return fi, rank
+    r = log_prob.shape[1] - 1
+    tau = inverse.alpha * metric_trace(gram[:, :r, :r], log_prob)
+    return torch.ops.fastfi.solve_damped(gram, log_prob, label, grad, tau), None
