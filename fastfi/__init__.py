@@ -1,22 +1,28 @@
 """fastfi: first-order local influence (FI) of neural network classifiers, exact and fast."""
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from fastfi.backends import backends
-from fastfi.direction import direction
-from fastfi.errors import (
-    DataError,
-    FastfiError,
-    InputError,
-    LabelError,
-    ModelModeError,
-    NonFiniteError,
-    OptionError,
-    OutputError,
-    WeightsError,
-)
-from fastfi.influence import Influence, influence
-from fastfi.inverse import Damped, Exact, Truncated
+try:
+    from fastfi.backends import backends
+    from fastfi.direction import direction
+    from fastfi.errors import (
+        DataError,
+        FastfiError,
+        InputError,
+        LabelError,
+        ModelModeError,
+        NonFiniteError,
+        OptionError,
+        OutputError,
+        WeightsError,
+    )
+    from fastfi.influence import Influence, influence
+    from fastfi.inverse import Damped, Exact, Truncated
+except ImportError as _error:
+    # The doctor must run where torch or the compiled module is broken: it explains what is wrong.
+    if "fastfi.doctor" not in sys.orig_argv:
+        raise ImportError(f"{_error} ('python -m fastfi.doctor' says what is wrong)") from _error
 
 try:
     __version__ = version("fastfi")

@@ -126,7 +126,7 @@ def _wrong_labels(y: Tensor, wrong: Tensor, expected: str) -> None:
     bad = wrong.nonzero().flatten().tolist()
     values = sorted(set(y[wrong].tolist()))
     raise LabelError(
-        f"y: expected labels {expected}, got {list_some(values)} in samples {list_some(bad)}"
+        f"y: expected labels {expected}, got {list_some(values)} in samples {{samples}}", bad
     )
 
 

@@ -75,10 +75,7 @@ def sort_classes(z: Tensor, y: Tensor | None, lump: float | None) -> SortedClass
     # Stable, so that equal logits are ordered as argmax and topk order them on every device.
     log_prob, order = full.sort(dim=1, descending=True, stable=True)
     batch, classes = full.shape
-    if y is None:
-        position = order.new_zeros(batch)
-    else:
-        position = (order == y[:, None]).int().argmax(1)
+    position = order.new_zeros(batch) if y is None else (order == y[:, None]).int().argmax(1)
     kept = order.new_full((batch,), classes)
     predicted = order[:, 0]
     if lump is None:

@@ -7,6 +7,10 @@ caught (``ValueError``, ``RuntimeError``). Messages say what was expected and wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "DataError",
@@ -17,6 +21,7 @@ __all__ = [
     "NonFiniteError",
     "OptionError",
     "OutputError",
+    "SampleError",
     "WeightsError",
 ]
 
@@ -35,7 +40,28 @@ class InputError(FastfiError, ValueError):
     """The input ``x`` cannot be used: not floating point, empty, wrong number of dimensions."""
 
 
-class LabelError(FastfiError, ValueError):
+class SampleError(FastfiError, ValueError):
+    """An error about certain samples of a batch.
+
+    Attributes:
+        indices: their positions in the batch, in increasing order; empty where all are meant.
+    """
+
+    def __init__(self, message: str, indices: Sequence[int] = ()) -> None:
+        """``{samples}`` in the message stands for the positions."""
+        self.indices = tuple(sorted(indices))
+        self._message = message
+        super().__init__(message, indices)
+
+    def __str__(self) -> str:
+        return self._message.replace("{samples}", list_some(self.indices))
+
+    def at(self, positions: Sequence[int]) -> Self:
+        """The same error for samples that stand at other positions of the caller's batch."""
+        return type(self)(self._message, [positions[i] for i in self.indices])
+
+
+class LabelError(SampleError):
     """The labels ``y`` cannot be used: wrong dtype, wrong length, out of range."""
 
 
@@ -52,24 +78,8 @@ class OptionError(FastfiError, ValueError):
     """An option (``inverse``, ``objective``, ``lump``, ...) has a value that has no meaning."""
 
 
-class NonFiniteError(FastfiError, ValueError):
-    """Pixels or logits are NaN or infinite.
-
-    Attributes:
-        indices: the positions in the batch of the samples concerned, in increasing order.
-    """
-
-    def __init__(self, message: str, indices: Sequence[int]) -> None:
-        self.indices = tuple(sorted(indices))
-        self._message = message
-        super().__init__(message, indices)
-
-    def __str__(self) -> str:
-        return self._message.format(samples=list_some(self.indices))
-
-    def at(self, positions: Sequence[int]) -> NonFiniteError:
-        """The same error for samples that stand at other positions of the caller's batch."""
-        return NonFiniteError(self._message, [positions[i] for i in self.indices])
+class NonFiniteError(SampleError):
+    """Pixels or logits are NaN or infinite."""
 
 
 class DataError(FastfiError, ValueError):

@@ -1,0 +1,82 @@
+"""How far a run is: a bar on a terminal, a line now and then elsewhere, always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+__all__ = ["progress"]
+
+_INTERVAL = 10.0  # seconds between lines where there is no terminal
+
+
+class _Rate(ProgressColumn):
+    """Images per second, over the last moments."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} images/s", style="progress.data.speed")
+
+
+@contextmanager
+def progress(total: int | None, show: bool | None = None) -> Iterator[Callable[[int], None]]:
+    """Shows progress while the block runs.
+
+    Args:
+        total: number of images, None if not known.
+        show: None shows it on a terminal only; True also elsewhere, as plain lines; False never.
+
+    Yields:
+        A function to be called with the number of images just done.
+    """
+    console = Console(stderr=True)
+    if show is False or (show is None and not console.is_terminal):
+        yield lambda n: None
+    elif console.is_terminal:
+        columns = (
+            TextColumn("scoring"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("scoring", total=total)
+            yield lambda n: bar.advance(task, n)
+    else:
+        yield _lines(total)
+
+
+def _lines(total: int | None) -> Callable[[int], None]:
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last < _INTERVAL and done != total:
+            return
+        last = now
+        rate = done / max(now - start, 1e-9)
+        left = "" if total is None else f" of {total}, {(total - done) / rate:.0f} s left"
+        print(f"scored {done}{left}, {rate:,.0f} images/s", file=sys.stderr, flush=True)
+
+    return advance

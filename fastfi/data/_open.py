@@ -1,0 +1,82 @@
+"""Recognises the format of a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastfi.data import folder, idx, npz, parquet
+from fastfi.data._pixels import Color
+from fastfi.data._source import ImageSource
+from fastfi.errors import DataError, OptionError
+
+__all__ = ["open_dataset"]
+
+
+def open_dataset(
+    path: str | Path,
+    split: str | None = None,
+    *,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    layout: str | None = None,
+    color: Color = "auto",
+) -> ImageSource:
+    """Opens an image data set, recognising its format.
+
+    | what ``path`` is | read as |
+    |---|---|
+    | a folder with ``train-images-idx3-ubyte[.gz]`` or ``t10k-...`` | MNIST-style IDX |
+    | an ``.npz`` file | NumPy arrays ``x`` or ``images``, ``y`` or ``labels`` |
+    | a ``.parquet`` file, or a folder of them | the Hugging Face image layout |
+    | any other folder | one subfolder per class, or images without labels |
+
+    Args:
+        path: file or folder.
+        split: "train", "test", ... where the data set has several. None takes the only one.
+        image_key: the array (npz) or column (Parquet) of the images. None looks for usual names.
+        label_key: the same for the labels.
+        layout: axis order of 4-dimensional npz arrays, "chw" or "hwc". None infers it from the
+            axis that can be the colours.
+        color: "gray" or "rgb" converts compressed images (Parquet, folder); "auto" keeps what the
+            first image has.
+
+    Returns:
+        The data set. Its structure is checked: a truncated file is reported here, not halfway.
+
+    Raises:
+        DataError: nothing there, an unknown format, a damaged or truncated file, or several
+            splits and none chosen.
+        OptionError: an option that the format does not have.
+        MissingExtraError: Parquet without pyarrow, compressed images without Pillow.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if path.is_dir():
+        kind = "idx" if idx.recognises(path) else "folder"
+        kind = "parquet" if parquet.recognises(path) else kind
+    else:
+        kind = path.suffix.lower().removeprefix(".")
+        if kind not in ("npz", "parquet"):
+            raise DataError(
+                f"{path}: expected a folder, an .npz file or a .parquet file, got the suffix "
+                f"{path.suffix!r}"
+            )
+    given = {
+        "image_key": (image_key, ("npz", "parquet")),
+        "label_key": (label_key, ("npz", "parquet")),
+        "layout": (layout, ("npz",)),
+        "color": (None if color == "auto" else color, ("parquet", "folder")),
+    }
+    for option, (value, kinds) in given.items():
+        if value is not None and kind not in kinds:
+            raise OptionError(
+                f"{option}={value!r} applies to {' and '.join(kinds)} data, but {path} is {kind}"
+            )
+    if kind == "idx":
+        return idx.IdxSource(path, split)
+    if kind == "npz":
+        return npz.NpzSource(path, split, image_key, label_key, layout)
+    if kind == "parquet":
+        return parquet.ParquetSource(path, split, image_key, label_key, color)
+    return folder.FolderSource(path, split, color)
