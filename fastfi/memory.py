@@ -23,7 +23,7 @@ CPU_ACTIVATION_BYTES = 8 << 20
 
 
 class ActivationMeter:
-    """Context manager that counts the bytes autograd saves, each storage once.
+    """Context manager that counts the bytes autograd saves, each storage once, parameters not.
 
     Attributes:
         total: bytes saved in all.
@@ -38,7 +38,8 @@ class ActivationMeter:
 
     def _pack(self, t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if not isinstance(t, torch.nn.Parameter) and storage.data_ptr() not in self._seen:
+        owner = t if t._base is None else t._base
+        if not isinstance(owner, torch.nn.Parameter) and storage.data_ptr() not in self._seen:
             self._seen[storage.data_ptr()] = storage.nbytes()
             self.total += storage.nbytes()
             self.largest = max(self.largest, storage.nbytes())
