@@ -2,7 +2,8 @@
 
 Position 0 is the most probable class, the reference. With lumping, the classes after the kept ones
 are merged into one, whose logit is the logsumexp of theirs; the label is always kept. Merging is a
-coarse-graining of the outcomes: the Fisher metric G can only shrink, so FI can only grow.
+coarse-graining of the outcomes: the Fisher metric G can only shrink, so that FI of cross-entropy
+can only grow.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Columns of a block: as many as keep all rows of it in cache, a multiple of the lanes.
 inline int64_t gram_block(const GramProblem& p) {
+  if (p.count == 0) return 8;
   int64_t width = kBlockDoubles / padded(p.count, kTile) / kLanes * kLanes;
   if (width > 512) width = 512;
   const int64_t all = padded(p.columns, kLanes);

@@ -61,6 +61,10 @@ FASTFI_HD V weighted_pivots(V* left, const V* weight2, int64_t d, int64_t n, int
     for (int64_t k = 0; k < n; ++k) c[k] = V{};
     for (int64_t i = 0; i < d; ++i)
       for (int64_t k = 0; k < n; ++k) c[k] += q[i] * left[i * n + k];
+    // A dependent row holds a zero along this and all later directions. What rounding left there
+    // would, squared and divided by the probability of an unlikely pivot, outweigh FI itself.
+    for (int64_t k = 0; k < r; ++k)
+      c[k] = select((residual[k] <= cut) & (taken[k] < 0.5), V{}, c[k]);
     for (int64_t i = 0; i < d; ++i)
       for (int64_t k = 0; k < n; ++k) left[i * n + k] -= q[i] * c[k];
     for (int64_t k = 0; k < r; ++k) {

@@ -171,6 +171,9 @@ def weighted_pivots(coordinates: Tensor, log_weight: Tensor, cut: Tensor) -> Piv
     for step in range(r):
         residual = left[:, :, :r].square().sum(1)  # [M, R]
         usable = free & (residual > cut[:, None])
+        # A dependent row holds zeros along all later directions. What rounding left there would,
+        # squared and divided by the probability of an unlikely pivot, outweigh FI itself.
+        left[:, :, :r] *= (usable | ~free)[:, None]
         best, b = torch.where(usable, log_weight + residual.log(), -torch.inf).max(1)
         ok = best > -torch.inf
         q = left[index, :, b]  # [M, R]
