@@ -10,6 +10,8 @@ import fastfi
 from fastfi import memory
 from fastfi.memory import ActivationMeter, ChunkPlan, chunks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Watched(nn.Module):
     """A network that records the batch sizes it is called with and may run out of memory."""

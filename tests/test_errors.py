@@ -12,6 +12,8 @@ from torch import nn
 import fastfi
 from fastfi.errors import SampleError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def net() -> nn.Module:

@@ -10,6 +10,8 @@ from fastfi.backends import cpu, reference
 
 ALL = cpu.instruction_sets()
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def problem(seed: int, batch: int, classes: int, p: int):
     g = torch.Generator().manual_seed(seed)

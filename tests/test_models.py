@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import fastfi
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, K = 20, 6  # more samples than the first chunk
 
 

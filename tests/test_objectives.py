@@ -10,6 +10,8 @@ import fastfi
 from fastfi.classes import sort_classes
 from fastfi.objectives import OBJECTIVES, logit_gradient
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEFINITIONS = {
     "cross_entropy": lambda z, y: -z.log_softmax(1).gather(1, y[:, None])[:, 0],
     "logit": lambda z, y: z.gather(1, y[:, None])[:, 0],

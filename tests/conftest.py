@@ -1,0 +1,61 @@
+"""Shared fixtures: the two implementations of the ops, and hypothesis with a fixed profile."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+import fastfi
+from fastfi.backends import reference
+
+sys.path.insert(0, str(Path(__file__).parent))  # oracle and samplers, from any working directory
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, database=None)
+settings.register_profile("explore", deadline=None, max_examples=400)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(params=["reference", "compiled"])
+def ops(request: pytest.FixtureRequest) -> Any:
+    """gram, solve_exact, solve_truncated, solve_damped: in plain torch, and as compiled."""
+    if request.param == "reference":
+        return reference
+    return compiled_ops()
+
+
+@pytest.fixture
+def kernels() -> Any:
+    """The compiled ops alone, for properties that plain torch does not promise."""
+    return compiled_ops()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules of small tensors, where a pool of threads costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads_restored() -> Iterator[None]:
+    """Restores the number of threads that a test changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def compiled_ops() -> Any:
+    """torch.ops.fastfi; fails unless its CPU kernels are the compiled ones."""
+    for name, kernel in fastfi.backends().items():
+        if "C++" not in kernel.get("cpu", ""):
+            pytest.fail(f"{name} runs {kernel} on the CPU: build the extension (pip install -e .)")
+    return torch.ops.fastfi
