@@ -141,7 +141,8 @@ def evaluate(
     if y is not None:
         y = check_labels(y, x.shape[0], x.device)
 
-    plan = ChunkPlan(memory_budget, x, FORWARD_CHUNK if assume_full_rank else None)
+    fixed = FORWARD_CHUNK if assume_full_rank else None
+    plan = ChunkPlan(memory_budget, x, fixed, model, (outputs, objective == "cross_entropy", lump))
     order = None
     xs, ys = x, y  # in the order of computation
     if lump is not None and len(x) > plan.size:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastfi.errors import NonFiniteError, OptionError
 
-__all__ = ["ActivationMeter", "ChunkPlan", "check_budget", "chunks", "is_out_of_memory"]
+__all__ = [
+    "ActivationMeter",
+    "ChunkPlan",
+    "Footprint",
+    "check_budget",
+    "chunks",
+    "is_out_of_memory",
+]
 
 # The first chunk, on which the model's memory is measured, is this or smaller: a sample of a large
 # network may keep some thousand times its own size.
@@ -72,6 +80,21 @@ def _available(device: torch.device) -> int:
     return 4 << 30
 
 
+class Footprint(NamedTuple):
+    """What one sample takes in a forward pass with K' - 1 backward passes, in bytes."""
+
+    saved: int  # by autograd, in all
+    largest: int  # the largest saved storage
+    rows: int
+
+
+# What earlier calls measured, by model and kind of input: a loop over a data loader should not
+# begin each batch with a small chunk.
+_known: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Footprint]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 class ChunkPlan:
     """How many samples to take at once.
 
@@ -79,27 +102,55 @@ class ChunkPlan:
         budget: bytes for activations and rows, or None for half of what is free.
         x: the samples [B, ...].
         fixed: take this many, without a measurement (halved all the same on out-of-memory).
+        model: an earlier measurement with this model and inputs like x is used again.
+        variant: whatever else decides the number of rows and the precision.
 
     Attributes:
         size: of the next chunk.
         measured: whether ``size`` rests on a measurement yet.
     """
 
-    def __init__(self, budget: int | None, x: Tensor, fixed: int | None = None) -> None:
+    def __init__(
+        self,
+        budget: int | None,
+        x: Tensor,
+        fixed: int | None = None,
+        model: Any = None,
+        variant: tuple[Any, ...] = (),
+    ) -> None:
         self.budget = _available(x.device) // 2 if budget is None else budget
         self.device = x.device
         sample = x[0].numel() * x.element_size() * FIRST_SAMPLE_FACTOR
         self.size = fixed or max(1, min(FIRST_CHUNK, self.budget // sample))
         self.measured = fixed is not None
+        self._model = model
+        self._key = (x.shape[1:], x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
+        self._key = (*self._key, *variant)
+        if fixed is None and _rememberable(model):
+            known = _known.get(model, {}).get(self._key)
+            if known is not None:
+                self._use(known)
 
     def measure(self, meter: ActivationMeter, samples: int, row_bytes: int) -> None:
         """Sets the size from what ``samples`` samples kept: saved activations, as much again for
         the gradients under way, and their rows (``row_bytes``)."""
-        each = max(1, (2 * meter.total + row_bytes) // samples)
-        self.size = max(1, self.budget // each)
-        if self.device.type == "cpu" and meter.largest > 0:
-            self.size = min(self.size, max(1, CPU_ACTIVATION_BYTES * samples // meter.largest))
+        footprint = Footprint(
+            meter.total // samples, meter.largest // samples, row_bytes // samples
+        )
+        if _rememberable(self._model):
+            _known.setdefault(self._model, {})[self._key] = footprint
+        self._use(footprint)
+
+    def _use(self, footprint: Footprint) -> None:
+        self.size = max(1, self.budget // max(1, 2 * footprint.saved + footprint.rows))
+        if self.device.type == "cpu" and footprint.largest > 0:
+            self.size = min(self.size, max(1, CPU_ACTIVATION_BYTES // footprint.largest))
         self.measured = True
+
+
+def _rememberable(model: Any) -> bool:
+    # Modules live as long as their user wants them to. A lambda made anew for each call does not.
+    return isinstance(model, torch.nn.Module)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

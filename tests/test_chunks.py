@@ -65,11 +65,27 @@ def test_the_first_chunk_is_small_and_the_rest_follows_from_its_measurement():
     assert model.sizes == [16, 84]
     # Saved by autograd: the input copy (36 floats), the hidden layer (64), twice; 3 rows of 36.
     each = 4 * (2 * (36 + 64) + 3 * 36)
+    model.sizes.clear()
+    fastfi.influence(model, X, Y)  # remembered
+    assert model.sizes == [100]
     model = Watched()
     fastfi.influence(model, X, Y, memory_budget=20 * each)
     assert model.sizes[0] <= 16
     assert max(model.sizes) <= 20
     assert min(model.sizes[1:]) >= 10  # not needlessly small, and evenly cut
+
+
+def test_what_was_measured_is_remembered_for_this_model_and_kind_of_input_only():
+    model = Watched()
+    fastfi.influence(model, X, Y)
+    for x, first in [(X, 100), (X.double(), 16), (X.reshape(100, 36), 16)]:
+        model.sizes.clear()
+        model.to(x.dtype)
+        fastfi.influence(model, x, Y)
+        assert model.sizes[0] == first
+    model.float().sizes.clear()
+    fastfi.influence(model, X, Y, memory_budget=1)
+    assert model.sizes == [1] * 100  # the budget is the call's own
 
 
 def test_a_budget_below_one_sample_still_works():

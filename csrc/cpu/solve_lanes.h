@@ -48,7 +48,7 @@ void solve_one(const SolveProblem& p, const V* gram, const V* log_prob, Index<V>
 template <int NS>
 void solve_groups(const SolveProblem& p, int64_t begin, int64_t end, double* memory) {
   const int64_t problems = p.samples * p.blocks;
-  const int64_t size = p.n * p.n, k = p.classes;
+  const int64_t n = NS > 0 ? NS : p.n, size = n * n, k = p.classes;
   VecD* gram = reinterpret_cast<VecD*>(memory);
   VecD* log_prob = gram + size;
   VecD* grad = log_prob + k;
@@ -60,9 +60,11 @@ void solve_groups(const SolveProblem& p, int64_t begin, int64_t end, double* mem
       const int64_t wanted = unit * kLanes + l;
       const int64_t at = wanted < problems ? wanted : problems - 1;
       const int64_t sample = at / p.blocks;
+      // The lower triangle; the upper one is copied below, kLanes problems at a time.
       double* g = reinterpret_cast<double*>(gram) + l;
       const double* from = p.gram + at * size;
-      for (int64_t i = 0; i < size; ++i) g[i * kLanes] = from[i];
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j <= i; ++j) g[(i * n + j) * kLanes] = from[i * n + j];
       double* lp = reinterpret_cast<double*>(log_prob) + l;
       for (int64_t i = 0; i < k; ++i) lp[i * kLanes] = p.log_prob[sample * k + i];
       if (p.grad) {
@@ -72,6 +74,8 @@ void solve_groups(const SolveProblem& p, int64_t begin, int64_t end, double* mem
       if (p.label) label[l] = p.label[sample];
       if (p.tau) tau[l] = p.tau[sample];
     }
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < i; ++j) gram[j * n + i] = gram[i * n + j];
     solve_one<VecD, NS>(p, gram, log_prob, label, grad, tau, scratch, &fi, &rank);
     for (int l = 0; l < kLanes && unit * kLanes + l < problems; ++l) {
       p.fi[unit * kLanes + l] = fi[l];

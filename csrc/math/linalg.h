@@ -5,13 +5,18 @@
 
 FASTFI_BEGIN
 
-// One vector per loop step is enough where V is already as wide as the machine. A plain double
-// needs independent partial sums, or each addition waits for the last.
+// Partial sums, so that additions need not wait for one another: two where V is already as wide as
+// the machine, sixteen for a plain double.
 template <class V>
 FASTFI_HD V dot(const V* a, const V* b, int64_t n) {
-  V sum = V{};
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
+  V even = V{}, odd = V{};
+  int64_t i = 0;
+  for (; i + 2 <= n; i += 2) {
+    even += a[i] * b[i];
+    odd += a[i + 1] * b[i + 1];
+  }
+  if (i < n) even += a[i] * b[i];
+  return even + odd;
 }
 
 #ifndef __CUDACC__

@@ -24,10 +24,12 @@ FASTFI_HD bool jacobi_rotate(V* a, V* b, int64_t n, double tolerance, V* na, V* 
   const V g = dot(a, b, n);
   const Mask<V> turn = g * g > *na * *nb * (tolerance * tolerance);
   if (!any(turn)) return false;
-  const V zeta = (*nb - *na) / select(turn, 2.0 * g, V{} + 1.0);
-  const V size = select(zeta < 0.0, -zeta, zeta);
-  V t = 1.0 / (size + sqrt_of(1.0 + zeta * zeta));
-  t = select(turn, select(zeta < 0.0, -t, t), V{});
+  // tan of the angle, the smaller root: 2 g / (d + sign(d) sqrt(d^2 + 4 g^2)).
+  const V d = *nb - *na;
+  const V twice = 2.0 * g;
+  const V root = sqrt_of(d * d + twice * twice);
+  const V t =
+      select(turn, twice, V{}) / select(turn, select(d < 0.0, d - root, d + root), V{} + 1.0);
   const V c = 1.0 / sqrt_of(1.0 + t * t);
   const V s = c * t;
   for (int64_t k = 0; k < n; ++k) {
@@ -91,11 +93,20 @@ FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label,
   const double cosine = 2.220446049250313e-16 * static_cast<double>(classes);
   for (int sweep = 0; sweep < 40; ++sweep) {
     for (int64_t i = 0; i < steps; ++i) norm[i] = dot(a + i * classes, a + i * classes, classes);
+    // Round robin: the pairs of a round share no row, so that their rotations overlap in the
+    // pipeline. With an odd number of rows one of them has no partner in each round.
+    const int64_t players = steps + (steps & 1);
     bool turned = false;
-    for (int64_t i = 0; i < steps; ++i)
-      for (int64_t j = i + 1; j < steps; ++j)
-        turned |= jacobi_rotate(a + i * classes, a + j * classes, classes, cosine, norm + i,
-                                norm + j, h + i, h + j);
+    for (int64_t round = 0; round + 1 < players; ++round)
+      for (int64_t pair = 0; 2 * pair < players; ++pair) {
+        const int64_t left = (round + pair) % (players - 1);
+        const int64_t right =
+            pair == 0 ? players - 1 : (round + players - 1 - pair) % (players - 1);
+        const int64_t i = left < right ? left : right, j = left < right ? right : left;
+        if (j < steps)
+          turned |= jacobi_rotate(a + i * classes, a + j * classes, classes, cosine, norm + i,
+                                  norm + j, h + i, h + j);
+      }
     if (!turned) break;
   }
   V fi = V{}, kept = V{};
