@@ -94,8 +94,9 @@ FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label,
   for (int sweep = 0; sweep < 40; ++sweep) {
     for (int64_t i = 0; i < steps; ++i) norm[i] = dot(a + i * classes, a + i * classes, classes);
     // Round robin: the pairs of a round share no row, so that their rotations overlap in the
-    // pipeline. With an odd number of rows one of them has no partner in each round.
-    const int64_t players = steps + (steps & 1);
+    // pipeline. With an odd number of rows one of them has no partner in each round. The order is
+    // that of all r rows, whatever the rank: other lanes must not change this one's.
+    const int64_t players = r + (r & 1);
     bool turned = false;
     for (int64_t round = 0; round + 1 < players; ++round)
       for (int64_t pair = 0; 2 * pair < players; ++pair) {
