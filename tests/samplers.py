@@ -32,7 +32,7 @@ __all__ = [
 SPREADS = (1.0, 5.0, 15.0, 30.0, 60.0)
 LABELS = ("top", "middle", "least")
 
-# The contract for exact influence (design section 4): 1e-10.
+# The contract for exact influence: 1e-10.
 RESOLVED = 1e-10
 
 

@@ -1,4 +1,4 @@
-"""The accuracy contract (design section 4), row by row, against the mpmath oracle.
+"""The accuracy contract, row by row, against the mpmath oracle.
 
 Every bound is the contract's own. The problems are those of which float64 can give such a bound:
 integer Jacobians of known rank, exact Gram matrices, and a resolution estimated beforehand

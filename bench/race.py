@@ -1,0 +1,75 @@
+"""Ratios that survive a noisy machine: work and yardstick take turns inside one benchmark.
+
+pytest-benchmark calls ``setup`` before every round and does not time it, so the yardstick runs and
+is timed there. Each round gives one ratio; the table reports their median and quantiles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+__all__ = ["AT_LEAST", "AT_MOST", "Side", "race"]
+
+AT_MOST, AT_LEAST = "at most", "at least"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+        name: what the table calls it.
+        call: the work of one round.
+        items: how many samples, or problems, one call treats.
+    """
+
+    name: str
+    call: Callable[[], object]
+    items: int
+
+
+def race(
+    benchmark: BenchmarkFixture,
+    work: Side,
+    yardstick: Side,
+    *,
+    section: str,
+    rounds: int,
+    kind: str = AT_MOST,
+    target: float | None = None,
+) -> None:
+    """Times both sides in turn and leaves the per-item seconds in ``benchmark.extra_info``.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        work: what is measured.
+        yardstick: what it is measured against.
+        section: the network or problem the table groups by.
+        rounds: pairs to time, after one that is thrown away.
+        kind: ``AT_MOST``: the ratio is work / yardstick and should not exceed the target.
+            ``AT_LEAST``: it is yardstick / work, "times faster", and should reach it.
+        target: the figure aimed at, None where there is none.
+    """
+    yards: list[float] = []
+
+    def turn() -> None:
+        start = time.perf_counter()
+        yardstick.call()
+        yards.append((time.perf_counter() - start) / yardstick.items)
+
+    benchmark.pedantic(work.call, setup=turn, rounds=rounds, warmup_rounds=1)
+    if benchmark.stats is None:  # --benchmark-disable: one untimed call
+        return
+    benchmark.extra_info.update(
+        section=section,
+        work=work.name,
+        yardstick=yardstick.name,
+        kind=kind,
+        target=target,
+        work_seconds=[seconds / work.items for seconds in benchmark.stats.stats.data],
+        yardstick_seconds=yards[-rounds:],
+    )

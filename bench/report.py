@@ -1,0 +1,185 @@
+"""``make bench``: checks that the results agree, times everything, prints one Markdown table.
+
+Nothing is timed if two ways to compute the same number disagree. The table's ratios are medians of
+per-round ratios of work and yardstick taken in turn (see ``bench.race``); the raw seconds of every
+round go to ``bench/results/<date>-<commit>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastfi
+from bench.agreement import checks
+from bench.race import AT_MOST
+
+__all__ = ["environment", "main", "row"]
+
+HERE = Path(__file__).resolve().parent
+QUANTILES = (0.2, 0.5, 0.8)
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The short hash of HEAD, with a plus where the tree differs from it; "unknown" without git."""
+    git = ["git", "-C", str(HERE)]
+    head = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if head.returncode:
+        return "unknown"
+    changes = subprocess.run(
+        [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+    )
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "kernels": {op: kernels["cpu"] for op, kernels in fastfi.backends().items()},
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def _seconds(value: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-9:.0f} ns"
+
+
+def row(info: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table from what ``race`` left: ratio quantiles and the verdict."""
+    work, yard = np.array(info["work_seconds"]), np.array(info["yardstick_seconds"])
+    ratios = work / yard if info["kind"] == AT_MOST else yard / work
+    low, ratio, high = np.quantile(ratios, QUANTILES).tolist()
+    target = info["target"]
+    met = None
+    if target is not None:
+        met = ratio <= target if info["kind"] == AT_MOST else ratio >= target
+    return {
+        "section": info["section"],
+        "work": info["work"],
+        "yardstick": info["yardstick"],
+        "kind": info["kind"],
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "target": target,
+        "met": met,
+        "work_median": float(np.median(work)),
+        "yardstick_median": float(np.median(yard)),
+        "rounds": len(work),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table."""
+    lines = [
+        "| problem | work | each | yardstick | each | ratio (20-80 %) | target | met |",
+        "|:--------|:-----|-----:|:----------|-----:|:----------------|:-------|:----|",
+    ]
+    for r in rows:
+        at_most = r["kind"] == AT_MOST
+        digits, word = (".3f", "x") if at_most else (".3g", "x faster")
+        ratio = f"{r['ratio']:{digits}} {word} ({r['low']:{digits}}-{r['high']:{digits}})"
+        target = "" if r["target"] is None else f"{'≤' if at_most else '≥'} {r['target']:g} {word}"
+        met = {None: "", True: "yes", False: "**no**"}[r["met"]]
+        lines.append(
+            f"| {r['section']} | {r['work']} | {_seconds(r['work_median'])} | {r['yardstick']} "
+            f"| {_seconds(r['yardstick_median'])} | {ratio} | {target} | {met} |"
+        )
+    return "\n".join(lines)
+
+
+def _describe(env: dict[str, Any]) -> str:
+    kernels = ", ".join(sorted(set(env["kernels"].values())))
+    return (
+        f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads, kernels {kernels}, torch "
+        f"{env['torch']}, Python {env['python']}, commit {env['commit']}, {env['date']}, load "
+        f"average before the run {env['load_average']}. Times are medians, per sample or problem."
+    )
+
+
+def _agree() -> None:
+    """Prints every check; exits with status 1 if one fails."""
+    print("Agreement (largest relative difference)\n\n| check | difference | allowed |")
+    print("|:------|-----------:|--------:|")
+    failed = 0
+    for check in checks():
+        verdict = "" if check.passed else " **FAILED**"
+        print(f"| {check.name} | {check.difference:.1e}{verdict} | {check.bound:.0e} |", flush=True)
+        failed += not check.passed
+    if failed:
+        sys.exit(f"\n{failed} results disagree: nothing is timed")
+
+
+def _time(selection: str | None) -> list[dict[str, Any]]:
+    """Runs pytest-benchmark in a process of its own and returns what the races left."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "benchmark.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)]
+        command += [f"--benchmark-json={output}", "--benchmark-quiet", "--no-header"]
+        command += ["-k", selection] if selection else []
+        status = subprocess.run(command, cwd=HERE.parent, check=False).returncode
+        if status:
+            sys.exit(f"pytest ended with status {status}: no table, no results")
+        raw = json.loads(output.read_text())
+    return [benchmark["extra_info"] for benchmark in raw["benchmarks"]]
+
+
+def main() -> None:
+    """Agreement, times, table, JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-k", dest="selection", help="only benchmarks that match, as in pytest")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", help="folder for the JSON"
+    )
+    options = parser.parse_args()
+    env = environment()
+    _agree()
+    print(flush=True)
+    races = _time(options.selection)
+    order = {section: i for i, section in enumerate(dict.fromkeys(r["section"] for r in races))}
+    rows = sorted((row(info) for info in races), key=lambda r: order[r["section"]])
+    print(f"\n{table(rows)}\n\n{_describe(env)}")
+    options.results.mkdir(parents=True, exist_ok=True)
+    name = f"{env['date'][:10]}-{env['commit'].rstrip('+')}.json"
+    path = options.results / name
+    content = {"environment": env, "rows": rows, "races": races}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\nWrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+if __name__ == "__main__":
+    main()

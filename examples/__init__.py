@@ -1,0 +1,1 @@
+"""Runnable examples: ``python -m examples.digits`` and ``python -m examples.mnist``."""
