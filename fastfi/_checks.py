@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,8 @@ def check_input(x: Any) -> None:
         raise InputError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if x.dim() < 2:
         raise InputError(f"x: expected a batch [B, ...] of samples, got shape {list(x.shape)}")
+    if x.layout != torch.strided:
+        raise InputError(f"x: expected a dense tensor, got layout {x.layout}")
     if not x.is_floating_point():
         raise InputError(
             f"x: expected a floating-point tensor, got {x.dtype}; convert and scale it as for the "
@@ -104,7 +107,14 @@ def check_model(model: Any) -> None:
 
 def check_labels(y: Any, batch: int, device: torch.device) -> Tensor:
     """Labels [B] as int64 on ``device``; integers of any width are accepted."""
-    y = torch.as_tensor(y)
+    with torch.inference_mode(False):
+        try:
+            y = torch.as_tensor(y)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise LabelError(
+                f"y: expected a tensor, array or list of integers, got {type(y).__name__} ({error})"
+            ) from error
+        y = y.clone() if y.is_inference() else y
     if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
         hint = "; one-hot labels: pass y.argmax(1)" if y.dim() == 2 else ""
         raise LabelError(f"y: expected integer class indices, got {y.dtype}{hint}")
@@ -132,7 +142,7 @@ def _wrong_labels(y: Tensor, wrong: Tensor, expected: str) -> None:
 
 def check_lump(lump: float | None) -> None:
     """lump is None or a probability between 0 and 1."""
-    if lump is not None and not 0 < lump < 1:
+    if lump is not None and not (isinstance(lump, numbers.Real) and 0 < lump < 1):
         raise OptionError(f"lump: expected a probability mass between 0 and 1, got {lump!r}")
 
 
@@ -144,7 +154,8 @@ def check_prob(prob: Tensor) -> None:
     if bad.numel() > 0:
         raise OutputError(
             "model: expected probabilities (not negative, with sum 1) because of outputs='probs', "
-            f"got others in samples {list_some(bad.flatten().tolist())}"
+            "got others in samples {samples}",
+            bad.flatten().tolist(),
         )
     zero = (p == 0).any(1).nonzero().flatten().tolist()
     if zero:
@@ -162,6 +173,7 @@ def check_log_prob_sum(log_prob: Tensor) -> None:
     if bad:
         raise OutputError(
             "model: expected log-probabilities (whose exponentials have sum 1) because of "
-            f"outputs='log_probs', got others in samples {list_some(bad)}; for unnormalised values "
-            "use outputs='logits'"
+            "outputs='log_probs', got others in samples {samples}; for unnormalised "
+            "values use outputs='logits'",
+            bad,
         )

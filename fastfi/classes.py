@@ -41,6 +41,29 @@ class SortedClasses:
     predicted: Tensor
     lumped: bool
 
+    def _rest(self) -> tuple[Tensor, Tensor]:
+        """Which positions are lumped [B, K], and their shares of the lumped mass [B, K]."""
+        columns = torch.arange(self.order.shape[1], device=self.order.device)
+        rest = columns[None] >= self.kept[:, None]
+        log_p = self.full_log_prob.gather(1, self.order)
+        share = torch.where(rest, log_p, -torch.inf).softmax(1).nan_to_num(0.0)
+        return rest, share
+
+    def pool(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """An objective's gradient as the lumped classes see it: df/dz by position [B, K'], where
+        the lumped class has the sum of its members', and the same as a cotangent [B, K] in the
+        model's order, where members share that sum by their mass."""
+        by_position = grad.gather(1, self.order)
+        width = self.log_prob.shape[1]
+        if not self.lumped:
+            return by_position[:, :width], grad
+        rest, share = self._rest()
+        total = torch.where(rest, by_position, 0.0).sum(1, keepdim=True)
+        pooled = torch.where(rest, 0.0, by_position)
+        cotangent = torch.zeros_like(grad).scatter_(1, self.order, pooled + share * total)
+        lumped_at = self.kept.clamp(max=by_position.shape[1] - 1)[:, None]
+        return pooled.scatter_add_(1, lumped_at, total)[:, :width], cotangent
+
     def cotangent(self, position: int) -> Tensor:
         """df/dz of the contrast at a position >= 1: [B, K] float64. Zero where it is unused."""
         single = self.kept > position
@@ -48,10 +71,7 @@ class SortedClasses:
         at = self.order[:, position : position + 1]
         cotangent.scatter_(1, at, single[:, None].double())
         if self.lumped:
-            columns = torch.arange(self.order.shape[1], device=at.device)
-            rest = columns[None] >= self.kept[:, None]  # by position
-            log_p = self.full_log_prob.gather(1, self.order)
-            share = torch.where(rest, log_p, -torch.inf).softmax(1).nan_to_num(0.0)
+            rest, share = self._rest()
             use = (self.kept == position) & rest.any(1)
             cotangent.scatter_add_(1, self.order, share * use[:, None])
             single = single | use
@@ -72,7 +92,7 @@ def kept_classes(log_prob: Tensor, lump: float) -> Tensor:
 def sort_classes(z: Tensor, y: Tensor | None, lump: float | None) -> SortedClasses:
     """Sorts the classes of logits z [B, K]; ``y=None`` means the predicted class."""
     logits = z.detach().double()
-    full = logits.log_softmax(1)
+    full = logits.log_softmax(1).clamp(min=-1e300)  # -inf is kept for positions not in use
     # Stable, so that equal logits are ordered as argmax and topk order them on every device.
     log_prob, order = full.sort(dim=1, descending=True, stable=True)
     batch, classes = full.shape

@@ -23,7 +23,7 @@ from fastfi.inverse import Exact, Inverse, Truncated, as_inverse, metric_trace
 from fastfi.memory import ChunkPlan, check_budget, chunks
 from fastfi.model import check_outputs
 from fastfi.objectives import Objective, as_objective
-from fastfi.rows import InputRows, input_rows
+from fastfi.rows import InputRows, gram_of, input_rows, measure
 
 __all__ = ["direction"]
 
@@ -40,7 +40,9 @@ def _exact(q: Problem, rtol: float) -> Tensor:
     at = c.pivots.index[:, None].expand(-1, valid.shape[1], -1)
     triangle = c.pivots.factor.gather(2, at).triu()  # T^T, N_pp = T T^T
     used = valid[:, :, None] & valid[:, None, :]
-    triangle = torch.where(used, triangle, torch.eye(valid.shape[1]).to(triangle))
+    triangle = torch.where(
+        used, triangle, torch.eye(valid.shape[1], dtype=triangle.dtype, device=triangle.device)
+    )
     w = torch.linalg.solve_triangular(triangle.mT, w[:, :, None], upper=False)
     w = torch.linalg.solve_triangular(triangle, w, upper=True).squeeze(2)
     coefficients = w.new_zeros(w.shape[0], q.gram.shape[1])
@@ -72,8 +74,7 @@ def _coefficients(data: InputRows, gram: Tensor, inverse: Inverse) -> Tensor:
     log_prob = data.classes.log_prob
     q = Problem(gram, log_prob, data.label, data.grad)
     if isinstance(inverse, Exact):
-        rtol = data.eps * data.classes.logits.shape[1] if inverse.rtol is None else inverse.rtol
-        return _exact(q, rtol)
+        return _exact(q, data.rtol if inverse.rtol is None else inverse.rtol)
     if isinstance(inverse, Truncated):
         return _truncated(q, inverse.eps)
     r = q.contrasts
@@ -114,9 +115,9 @@ def direction(
     plan = ChunkPlan(memory_budget, x, None, model, (outputs, objective == "cross_entropy", None))
 
     def run(part: slice) -> Tensor:
-        data = input_rows(model, x, part, y, plan, outputs=outputs, objective=objective)
+        data = input_rows(model, x, part, y, outputs=outputs, objective=objective)
         with torch.autocast(x.device.type, enabled=False), torch.no_grad():
-            gram = torch.ops.fastfi.gram(data.rows)
+            gram = gram_of(data)
             w = _coefficients(data, gram, rule)  # [B, n]
             v = torch.einsum("bn,bnp->bp", w, data.rows.double())
             # Scaled first: a norm may underflow or overflow where its direction does not.
@@ -125,4 +126,5 @@ def direction(
             v = v / torch.where(length > 0, length, 1.0)
             return v.to(x.dtype).reshape(x[part].shape)
 
+    measure(model, x, plan, outputs)
     return torch.cat(list(chunks(x.shape[0], plan, run)))

@@ -36,10 +36,6 @@ class FastfiError(Exception):
     """Base class of every error raised by fastfi."""
 
 
-class InputError(FastfiError, ValueError):
-    """The input ``x`` cannot be used: not floating point, empty, wrong number of dimensions."""
-
-
 class SampleError(FastfiError, ValueError):
     """An error about certain samples of a batch.
 
@@ -61,6 +57,10 @@ class SampleError(FastfiError, ValueError):
         return type(self)(self._message, [positions[i] for i in self.indices])
 
 
+class InputError(FastfiError, ValueError):
+    """The input ``x`` cannot be used: not floating point, empty, wrong number of dimensions."""
+
+
 class LabelError(SampleError):
     """The labels ``y`` cannot be used: wrong dtype, wrong length, out of range."""
 
@@ -69,7 +69,7 @@ class ModelModeError(FastfiError, RuntimeError):
     """The model is in a state in which its samples are random or depend on one another."""
 
 
-class OutputError(FastfiError, ValueError):
+class OutputError(SampleError):
     """The model returned something that is not a batch of logits, log-probabilities or
     probabilities."""
 

@@ -20,7 +20,7 @@ from fastfi.inverse import Exact, Inverse, as_inverse, solve
 from fastfi.memory import ChunkPlan, check_budget, chunks
 from fastfi.model import check_outputs, forward
 from fastfi.objectives import Objective, as_objective, logit_gradient
-from fastfi.rows import InputRows, input_rows
+from fastfi.rows import InputRows, gram_of, input_rows, measure
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -85,9 +85,8 @@ def _full_rank_part(
 
 
 def _solved_part(data: InputRows, inverse: Inverse, y: Tensor | None) -> Evaluation:
-    gram = torch.ops.fastfi.gram(data.rows)  # [B, n, n]
-    rtol = data.eps * data.classes.logits.shape[1]
-    fi, rank = solve(inverse, gram, data.classes.log_prob, data.label, data.grad, rtol)
+    gram = gram_of(data)  # [B, n, n]
+    fi, rank = solve(inverse, gram, data.classes.log_prob, data.label, data.grad, data.rtol)
     return _part(fi, rank, data.classes, y, data.dtype)
 
 
@@ -156,11 +155,10 @@ def evaluate(
                 z = forward(model, xs[part].detach(), outputs)
             check_label_range(y, z.shape[1])
             return _full_rank_part(z, xs[0].numel(), labels, objective)
-        data = input_rows(
-            model, xs, part, ys, plan, outputs=outputs, objective=objective, lump=lump
-        )
+        data = input_rows(model, xs, part, ys, outputs=outputs, objective=objective, lump=lump)
         return _solved_part(data, rule, labels)
 
+    measure(model, xs, plan, outputs, lump)
     parts = list(chunks(len(x), plan, run, order))
     back = None if order is None else order.argsort()
 

@@ -81,8 +81,8 @@ def influence(
         outputs: what the model returns: ``"logits"``, ``"log_probs"`` or ``"probs"``.
         lump: merge each sample's least probable classes while they hold less than this mass in all
             (0 < lump < 1; the label is kept). FI of cross-entropy can only grow by it, and does not
-            change at full rank; for other objectives FI can also fall where the rank does. The cost
-            falls from K - 1 backward passes to one for each class that is kept.
+            change at full rank; other objectives lose what they do within the merged classes. The
+            cost falls from K - 1 backward passes to one for each class that is kept.
         assume_full_rank: use the closed form at rank K - 1, which needs one forward pass and no
             rows; Exact only.
         full_output: return :class:`Influence` instead of FI alone.

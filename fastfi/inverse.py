@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,29 @@ from torch import Tensor
 
 from fastfi.errors import OptionError
 
-__all__ = ["Damped", "Exact", "Inverse", "Truncated", "as_inverse", "metric_trace"]
+__all__ = [
+    "Damped",
+    "Exact",
+    "Inverse",
+    "Truncated",
+    "as_inverse",
+    "default_rtol",
+    "metric_trace",
+    "solve",
+]
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def default_rtol(eps: float, classes: int) -> float:
+    """The default of :class:`Exact` for rows of this machine epsilon."""
+    return min(max(classes, 32) * eps, math.sqrt(eps))
 
 
 def _positive(name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+    if not (_is_real(value) and math.isfinite(value) and value > 0):
         raise OptionError(f"{name}: expected a finite number above 0, got {value!r}")
 
 
@@ -23,8 +42,10 @@ class Exact:
     """The definition, ``FI = h^T G^+ h`` (Shu and Zhu 2019, equation 6).
 
     Args:
-        rtol: relative length under which a contrast row counts as dependent on the others; ``None``
-            means K times the machine epsilon of the precision in which the rows were computed.
+        rtol: relative length under which a contrast row counts as dependent on the others, below
+            1; ``None`` means max(K, 32) times the machine epsilon of the precision in which the
+            rows were computed, and at most that epsilon's square root. (Rows of deep networks err
+            by 2 to 20 epsilons, measured to 30 layers, whatever K is.)
             The Gram matrix is held in float64, so values below ``sqrt(8 K eps64)``, 1.3e-7 for ten
             classes, act as that.
 
@@ -35,8 +56,8 @@ class Exact:
     rtol: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rtol is not None and not (math.isfinite(self.rtol) and self.rtol >= 0):
-            raise OptionError(f"Exact: expected rtol >= 0 or None, got {self.rtol!r}")
+        if self.rtol is not None and not (_is_real(self.rtol) and 0 <= self.rtol < 1):
+            raise OptionError(f"Exact: expected 0 <= rtol < 1 or None, got {self.rtol!r}")
 
 
 @dataclass(frozen=True)
@@ -137,4 +158,10 @@ def solve(
         return fi, rank
     r = log_prob.shape[1] - 1
     tau = inverse.alpha * metric_trace(gram[:, :r, :r], log_prob)
-    return torch.ops.fastfi.solve_damped(gram, log_prob, label, grad, tau), None
+    fi = torch.ops.fastfi.solve_damped(gram, log_prob, label, grad, tau)
+    if label is not None:
+        # Beside a gradient, tau vanishes only where every other class's P underflows, and 1 / P_y
+        # with it.
+        length = gram.diagonal(dim1=1, dim2=2).gather(1, (label - 1).clamp(min=0)[:, None])[:, 0]
+        fi = torch.where((tau == 0) & (label > 0) & (length > 0), torch.inf, fi)
+    return fi, None

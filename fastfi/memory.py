@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastfi.errors import NonFiniteError, OptionError
+from fastfi.errors import LabelError, OptionError, SampleError
 
 __all__ = [
     "ActivationMeter",
@@ -63,7 +64,7 @@ class ActivationMeter:
 
 def check_budget(budget: int | None) -> None:
     """OptionError unless ``budget`` is None or a positive number of bytes."""
-    if budget is not None and not (isinstance(budget, int) and budget > 0):
+    if budget is not None and not (isinstance(budget, numbers.Integral) and budget > 0):
         raise OptionError(f"memory_budget: expected a positive number of bytes, got {budget!r}")
 
 
@@ -183,7 +184,9 @@ def chunks(
         part = slice(done, done + size)
         try:
             yield run(part)
-        except NonFiniteError as error:
+        except SampleError as error:
+            if isinstance(error, LabelError):
+                raise  # checked for all samples at once: the positions are the caller's
             names = range(part.start, part.stop) if order is None else order[part].tolist()
             raise error.at(names) from error
         except Exception as error:

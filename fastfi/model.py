@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +13,37 @@ from torch import Tensor
 from fastfi._checks import check_finite, check_log_prob_sum, check_prob
 from fastfi.errors import OptionError, OutputError
 
-__all__ = ["OUTPUTS", "check_outputs", "forward"]
+__all__ = ["OUTPUTS", "check_outputs", "eagerly", "forward"]
 
 OUTPUTS = ("logits", "log_probs", "probs")
+
+
+_eager_lock = threading.Lock()
+_eager_depth = 0
+_eager_stance: Any = None
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Models that torch.compile compiled run uncompiled in here.
+
+    K - 1 backward passes go through one graph, and a compiled graph is made for one: torch 2.13
+    refuses the second pass, or, with donated buffers switched off, returns wrong gradients from it
+    without an error. The stance belongs to the process, so threads that overlap share it.
+    """
+    global _eager_depth, _eager_stance
+    with _eager_lock:
+        if _eager_depth == 0:
+            _eager_stance = torch.compiler.set_stance("force_eager")
+            _eager_stance.__enter__()
+        _eager_depth += 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager_depth -= 1
+            if _eager_depth == 0:
+                _eager_stance.__exit__(None, None, None)
 
 
 def check_outputs(outputs: str) -> None:

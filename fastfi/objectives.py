@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastfi.errors import OptionError
+from fastfi.errors import NonFiniteError, OptionError
 
 __all__ = ["OBJECTIVES", "Objective", "as_objective", "logit_gradient"]
 
@@ -56,7 +56,7 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
 
 def as_objective(objective: str | Objective) -> str | Objective:
     """The objective, if it is a known name or a callable; OptionError otherwise."""
-    if callable(objective) or objective in OBJECTIVES:
+    if callable(objective) or (isinstance(objective, str) and objective in OBJECTIVES):
         return objective
     raise OptionError(
         f"objective: expected one of {', '.join(map(repr, OBJECTIVES))} or a callable "
@@ -96,8 +96,8 @@ def logit_gradient(
             )
         (grad,) = torch.autograd.grad(value.sum(), z)
     if not bool(grad.isfinite().all()):
-        bad = (~grad.isfinite()).any(1).nonzero().flatten()[:10].tolist()
-        raise OptionError(
-            f"objective {name}: expected finite gradients, got others in samples {bad}"
+        bad = (~grad.isfinite()).any(1).nonzero().flatten().tolist()
+        raise NonFiniteError(
+            f"objective {name}: expected finite gradients, got others in samples {{samples}}", bad
         )
     return grad

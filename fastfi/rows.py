@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import Tensor
 
-from fastfi._checks import check_label_range
+from fastfi._checks import check_finite, check_label_range
 from fastfi.classes import SortedClasses, sort_classes
 from fastfi.errors import OutputError
+from fastfi.inverse import default_rtol
 from fastfi.memory import ActivationMeter, ChunkPlan
-from fastfi.model import forward
+from fastfi.model import eagerly, forward
 from fastfi.objectives import Objective, logit_gradient
 
-__all__ = ["InputRows", "Recorded", "input_rows", "pull_back_rows", "record"]
+__all__ = ["InputRows", "Recorded", "gram_of", "input_rows", "measure", "pull_back_rows", "record"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,18 @@ class InputRows:
     dtype: torch.dtype
 
     @property
-    def eps(self) -> float:
-        """Machine epsilon of the precision in which the rows were computed."""
-        return max(torch.finfo(self.rows.dtype).eps, torch.finfo(self.dtype).eps)
+    def rtol(self) -> float:
+        """Relative length under which a row counts as dependent on others: :func:`default_rtol`."""
+        eps = max(torch.finfo(self.rows.dtype).eps, torch.finfo(self.dtype).eps)
+        return default_rtol(eps, self.classes.logits.shape[1])
+
+
+def gram_of(data: InputRows) -> Tensor:
+    """Gram matrices [B, n, n] float64 of the rows; NonFiniteError where a row is not finite."""
+    gram = torch.ops.fastfi.gram(data.rows)
+    squares = gram.diagonal(dim1=1, dim2=2)
+    check_finite(squares, "model", "gradients of the logits with respect to x")
+    return gram
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -71,17 +80,18 @@ def _pull_back(z: Tensor, leaf: Tensor, cotangent: Tensor, keep_graph: bool) -> 
 
 
 def _objective_gradient(
-    objective: str | Objective, classes: SortedClasses, y: Tensor, lump: float | None
-) -> tuple[Tensor | None, bool]:
-    """df/dz [B, K] in the model's order (None for cross-entropy), and whether h needs a row."""
+    objective: str | Objective, classes: SortedClasses, y: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """df/dz by position [B, K'] where its sum is zero, or else h's own cotangent [B, K]; two Nones
+    for cross-entropy."""
     if objective == "cross_entropy":
-        return None, False
+        return None, None
     g = logit_gradient(objective, classes.logits, classes.full_log_prob, y)
     assert g is not None
-    if lump is not None:
-        return g, True  # g is not constant within the lumped class
-    scale = g.abs().sum(1)
-    return g, bool((g.sum(1).abs() > 1e-12 * scale).any())
+    by_position, cotangent = classes.pool(g)
+    if bool((g.sum(1).abs() > 1e-12 * g.abs().sum(1)).any()):
+        return None, cotangent
+    return by_position, None
 
 
 @dataclass(frozen=True)
@@ -104,9 +114,7 @@ def record(model: Any, x: Tensor, outputs: str, meter: ActivationMeter | None = 
     """
     with torch.inference_mode(False):
         leaf = _leaf(x).requires_grad_()
-        # A model compiled during this pass must keep its buffers for K - 1 backward passes.
-        keep = torch._functorch.config.patch(donated_buffer=False)
-        with torch.enable_grad(), keep, meter or nullcontext():
+        with torch.enable_grad(), eagerly(), meter or nullcontext():
             # A copy, so that a model may work in place on its input.
             z = forward(model, leaf.clone(), outputs)
     if not z.requires_grad:
@@ -133,19 +141,34 @@ def pull_back_rows(
     ):
         classes = sort_classes(z, y, lump)
         label = classes.predicted if y is None else y
-        g, as_row = _objective_gradient(objective, classes, label, lump)
+        grad, own = _objective_gradient(objective, classes, label)
         contrasts = classes.log_prob.shape[1] - 1
-        count = contrasts + as_row
+        count = contrasts + (own is not None)
         rows = leaf.new_empty((leaf.shape[0], count, *leaf.shape[1:]))
         for r in range(count):
-            cotangent = classes.cotangent(r + 1) if r < contrasts else g
+            cotangent = classes.cotangent(r + 1) if r < contrasts else own
             assert cotangent is not None
             rows[:, r] = _pull_back(z, leaf, cotangent, keep_graph=r + 1 < count)
-        grad = None
-        if g is not None and not as_row:
-            grad = g.gather(1, classes.order)
     position = classes.position if objective == "cross_entropy" else None
     return InputRows(rows.flatten(2), classes, position, grad, z.dtype)
+
+
+def measure(
+    model: Any, x: Tensor, plan: ChunkPlan, outputs: str, lump: float | None = None
+) -> None:
+    """Tells ``plan`` what memory the model takes, from a forward pass of two samples that is thrown
+    away. (Counting during a pass that is used would switch off autograd's check for tensors that
+    the model overwrote.) Nothing is measured where one small chunk serves, or where the pass fails:
+    the chunks begin small then, and whatever is wrong is raised from them."""
+    if plan.measured or len(x) <= plan.size:
+        return
+    meter = ActivationMeter()
+    try:
+        z = record(model, x[:2], outputs, meter).z
+    except Exception:
+        return
+    rows = z.shape[1] - 1 if lump is None else min(z.shape[1] - 1, 32)
+    plan.measure(meter, 2, 2 * rows * x[0].nbytes)
 
 
 def input_rows(
@@ -153,7 +176,6 @@ def input_rows(
     x: Tensor,
     part: slice,
     y: Tensor | None,
-    plan: ChunkPlan,
     *,
     outputs: str,
     objective: str | Objective,
@@ -161,29 +183,13 @@ def input_rows(
 ) -> InputRows:
     """Rows of the samples ``part`` of x [B, ...]: one forward pass, then :func:`pull_back_rows`.
 
-    The first chunk tells ``plan`` what memory the model takes, and whether the labels y [B], which
-    are all checked at once, are below its number of classes.
+    The labels y [B] are all checked at once, as soon as the number of classes is known.
 
     Raises:
         LabelError, OutputError, NonFiniteError.
     """
 
-    def run() -> InputRows:
-        meter = None if plan.measured else ActivationMeter()
-        recorded = record(model, x[part], outputs, meter)
-        check_label_range(y, recorded.z.shape[1])
-        labels = None if y is None else y[part]
-        data = pull_back_rows(recorded, labels, objective=objective, lump=lump)
-        if meter is not None:
-            plan.measure(meter, data.rows.shape[0], data.rows.nbytes)
-        return data
-
-    try:
-        return run()
-    except RuntimeError as error:
-        # A model that torch.compile compiled before for one backward pass only: its graph gives
-        # its buffers away. Compiled here, it keeps them; see record().
-        if "donated buffer" not in str(error):
-            raise
-    with torch.compiler.set_stance("force_eager"):
-        return run()
+    recorded = record(model, x[part], outputs)
+    check_label_range(y, recorded.z.shape[1])
+    labels = None if y is None else y[part]
+    return pull_back_rows(recorded, labels, objective=objective, lump=lump)

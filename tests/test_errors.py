@@ -175,6 +175,8 @@ def test_probabilities_of_zero():
 BAD_OPTIONS = [
     ({"wrt": "params"}, "wrt: expected 'input'", "got 'params'"),
     ({"objective": "accuracy"}, "objective: expected one of 'cross_entropy'", "got 'accuracy'"),
+    ({"objective": ["a"]}, "objective: expected one of", "got ['a']"),
+    ({"lump": "a"}, "lump: expected a probability mass", "got 'a'"),
     ({"objective": 3}, "objective: expected one of", "got 3"),
     ({"inverse": "pinv"}, "inverse: expected 'exact', 'truncated', 'damped'", "got 'pinv'"),
     ({"outputs": "scores"}, "outputs: expected one of 'logits'", "got 'scores'"),
@@ -204,8 +206,10 @@ def test_assume_full_rank_with_too_few_pixels():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: fastfi.Exact(rtol=-1.0), "rtol >= 0"),
-        (lambda: fastfi.Exact(rtol=float("nan")), "rtol >= 0"),
+        (lambda: fastfi.Exact(rtol=-1.0), "0 <= rtol < 1"),
+        (lambda: fastfi.Exact(rtol=1.0), "0 <= rtol < 1"),
+        (lambda: fastfi.Exact(rtol=float("nan")), "0 <= rtol < 1"),
+        (lambda: fastfi.Truncated(True), "above 0"),
         (lambda: fastfi.Truncated(0.0), "above 0"),
         (lambda: fastfi.Truncated(float("inf")), "above 0"),
         (lambda: fastfi.Damped(-1e-3), "above 0"),
@@ -221,7 +225,6 @@ BAD_OBJECTIVES = [
     (lambda z, y: z.sum(), "one value per sample, [16]", "got []"),
     (lambda z, y: 1.0, "one value per sample, [16]", "got float"),
     (lambda z, y: z.detach()[:, 0], "differentiable function", "without a gradient"),
-    (lambda z, y: (z[:, 0] * 0).sqrt(), "expected finite gradients", "samples"),
 ]
 
 
@@ -229,6 +232,51 @@ BAD_OBJECTIVES = [
 def test_objectives(net, objective, expected, came):
     with raises(fastfi.OptionError, "objective <lambda>: ", expected, came):
         fastfi.influence(net, X[:16], Y[:16], objective=objective)
+
+
+def test_objective_with_infinite_gradients_names_the_callers_samples(net):
+    def objective(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (z[:, 0] * (y != 3)).abs().sqrt()
+
+    y = torch.zeros(40, dtype=torch.int64)
+    y[37] = 3
+    with raises(fastfi.NonFiniteError, "objective objective: expected finite gradients", "37"):
+        fastfi.influence(net, X, y, objective=objective)
+
+
+@pytest.mark.parametrize("inverse", ["exact", "truncated", "damped"])
+def test_gradients_not_finite(inverse):
+    def model(x: torch.Tensor) -> torch.Tensor:
+        root = (x * x).sum(1, keepdim=True).sqrt()  # its gradient at 0 is NaN
+        return root * torch.arange(3.0) + x @ torch.ones(4, 3)
+
+    x = torch.randn(30, 4)
+    x[21] = 0
+    for call in (fastfi.influence, fastfi.direction):
+        with raises(fastfi.NonFiniteError, "model: expected finite gradients", "samples 21"):
+            call(model, x, inverse=inverse)
+
+
+@pytest.mark.parametrize("outputs", ["probs", "log_probs"])
+def test_outputs_that_do_not_sum_to_one_name_the_callers_samples(net, outputs):
+    def model(x: torch.Tensor) -> torch.Tensor:
+        p = net(x).softmax(1) if outputs == "probs" else net(x).log_softmax(1)
+        return torch.where(x.flatten(1)[:, :1] == X[38, 0, 0], p * 0.5, p)
+
+    with raises(fastfi.OutputError, "model: expected", "samples 38") as caught:
+        fastfi.influence(model, X, outputs=outputs)
+    assert caught.value.indices == (38,)
+
+
+@pytest.mark.parametrize("y", [["a"] * 40, [None] * 40, object()])
+def test_labels_that_are_no_numbers(net, y):
+    with raises(fastfi.LabelError, "expected a tensor, array or list of integers", "got "):
+        fastfi.influence(net, X, y)
+
+
+def test_sparse_input(net):
+    with raises(fastfi.InputError, "expected a dense tensor", "sparse"):
+        fastfi.influence(net, torch.eye(4).to_sparse())
 
 
 def test_not_a_model():

@@ -154,6 +154,7 @@ def test_compiled(net, data, expected, compiled_before):
             # For one backward pass, after which its graph gives its buffers away.
             model(data[0].clone().requires_grad_()).sum().backward()
         check(model, data, expected)
+        check(model, data, expected)
     torch._dynamo.reset()
 
 
@@ -227,3 +228,62 @@ def test_float32_results_saturate_and_float64_ones_do_not():
     wide = fastfi.influence(model, x, y, dtype=torch.float64)
     # (1 - P_y) / P_y = exp(200) + 1
     torch.testing.assert_close(wide.log(), torch.tensor([200.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("activation", "depth", "classes", "bottleneck"),
+    [(nn.Tanh, 10, 3, 1), (nn.Tanh, 10, 4, 2), (nn.ReLU, 10, 5, 2), (nn.Tanh, 30, 10, 1)],
+)
+def test_rank_of_deep_bottlenecks_in_float32(activation, depth, classes, bottleneck):
+    """Rows of deep networks err by many epsilons; a dependent row must not count all the same."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Linear(20, 32)]
+    for _ in range(depth):
+        layers += [activation(), nn.Linear(32, 32)]
+        nn.init.orthogonal_(layers[-1].weight, gain=1.2)
+    head = nn.Linear(bottleneck, classes)
+    with torch.no_grad():
+        head.weight *= 3
+    model = nn.Sequential(*layers, activation(), nn.Linear(32, bottleneck), head)
+    x, y = torch.randn(64, 20), torch.zeros(64, dtype=torch.int64)
+    got = fastfi.influence(model, x, y, full_output=True)
+    want = fastfi.influence(model.double(), x.double(), y, full_output=True)
+    assert torch.equal(got.rank, want.rank)
+    # The end-to-end contract for a clear rank: 1e-3.
+    torch.testing.assert_close(got.fi.double(), want.fi, rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [10, 100, 300])
+def test_bfloat16_keeps_the_rank_of_many_classes(classes):
+    torch.manual_seed(0)
+    model = nn.Linear(500, classes)
+    x, y = torch.randn(4, 500), torch.arange(4)
+    want = fastfi.influence(model, x, y, full_output=True)
+    got = fastfi.influence(model.bfloat16(), x.bfloat16(), y, full_output=True)
+    assert torch.equal(got.rank, want.rank)
+    torch.testing.assert_close(got.fi, want.fi, rtol=0.2, atol=0)
+
+
+def test_labels_made_in_inference_mode_and_a_callable_objective():
+    model, x = nn.Linear(5, 3), torch.randn(4, 5)
+
+    def objective(z: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z, y, reduction="none")
+
+    with torch.inference_mode():
+        y = torch.tensor([0, 1, 2, 0])
+        got = fastfi.influence(model, x, y, objective=objective)
+    torch.testing.assert_close(got, fastfi.influence(model, x, y.tolist()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gap", [650.0, 720.0, 760.0, 2000.0])
+@pytest.mark.parametrize("inverse", ["exact", "damped"])
+def test_the_least_likely_class_beyond_float64(gap, inverse):
+    model = nn.Linear(2, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[gap, 1.0], [0.0, 0.0]]))
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    fi = fastfi.influence(model, x, torch.tensor([1]), inverse=inverse)
+    assert bool(fi.isinf()) == (gap > 709)
+    assert float(fi) > 1e200
+    assert float(fastfi.influence(model, x, torch.tensor([0]), inverse=inverse)) < 1e-200

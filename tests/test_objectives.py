@@ -154,3 +154,29 @@ def test_samples_that_keep_fewer_classes_are_padded():
     assert c.log_prob[0].exp().tolist() == pytest.approx([0.9, 0.1, 0, 0])
     assert apply(c.cotangent(2)) == [0, 0, 0, 0]
     assert apply(c.cotangent(3)) == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["margin", "entropy", "nll_of_others"])
+def test_lumping_other_objectives_stays_below_the_exact_value(name):
+    """What an objective does within the merged classes is lost, nothing is amplified: at full rank
+    FI = sum g_k^2 / P_k can only fall when classes are pooled (Cauchy and Schwarz)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 50), nn.Tanh(), nn.Linear(50, 10)).double()
+    with torch.no_grad():
+        model[2].weight *= 10
+    y = torch.arange(30) % 10
+    exact = fastfi.influence(model, X, y, objective=name)
+    lumped = fastfi.influence(model, X, y, objective=name, lump=0.05)
+    assert bool((lumped <= exact * (1 + 1e-9)).all())
+    if name == "nll_of_others":
+        torch.testing.assert_close(lumped, exact, rtol=1e-9, atol=0)
+    if name == "entropy":
+        assert float((lumped / exact).min()) > 0.5
+
+
+def test_pooled_gradient():
+    c = classes_of([0.05, 0.5, 0.3, 0.15], 1, 0.25)
+    grad = torch.tensor([[1.0, 2.0, -7.0, 4.0]], dtype=torch.float64)
+    by_position, cotangent = c.pool(grad)
+    assert by_position.tolist() == [[2.0, -7.0, 5.0]]
+    assert apply(cotangent) == [1.25, 2.0, -7.0, 3.75]

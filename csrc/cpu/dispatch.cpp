@@ -2,11 +2,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstddef>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace fastfi {
@@ -41,35 +45,65 @@ struct Release {
 };
 using Scratch = std::unique_ptr<double, Release>;
 
+using Work = std::function<void(int64_t begin, int64_t end, double* scratch)>;
+
+// What the threads of one call share. A thread that the system starts late finds it closed; it is
+// kept alive by whoever still holds it.
+struct Shared {
+  Work work;
+  int64_t units, chunk;
+  std::vector<Scratch> scratch;  // one for each thread
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::condition_variable idle;
+  int active = 0;
+  bool closed = false;
+
+  void take(int thread) {
+    for (int64_t begin; (begin = next.fetch_add(chunk)) < units;)
+      work(begin, std::min(begin + chunk, units), scratch[thread].get());
+  }
+
+  void join_in(int thread) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (closed) return;
+      ++active;
+    }
+    take(thread);
+    std::lock_guard<std::mutex> lock(mutex);
+    if (--active == 0) idle.notify_one();
+  }
+};
+
 // Calls work(begin, end, scratch) over all units. Threads take chunks of units from a counter, so
 // that a slow core does not hold up the others; results do not depend on who takes what. Threads
-// live for the call only: nothing is left behind that a fork could break.
-template <class Work>
+// end with the call or soon after, so that a fork breaks nothing; the caller waits only for those that
+// took part: after a parallel region, torch's own threads may spin on the other cores for longer
+// than the whole call takes.
 void spread(int64_t units, int64_t scratch_doubles, int threads, int64_t grain, Work work) {
   if (units == 0) return;
   const int64_t useful = (units + grain - 1) / grain;
   const int count = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-  std::vector<Scratch> scratch;
+  auto shared = std::make_shared<Shared>();
+  shared->work = std::move(work);
+  shared->units = units;
+  shared->chunk = std::max<int64_t>(1, std::min(grain, units / (4 * count)));
   const std::size_t bytes = static_cast<std::size_t>(scratch_doubles) * sizeof(double);
   for (int t = 0; t < count; ++t)
-    scratch.emplace_back(static_cast<double*>(::operator new(bytes, kAlign)));
-  const int64_t chunk = std::max<int64_t>(1, std::min(grain, units / (4 * count)));
-  std::atomic<int64_t> next{0};
-  auto run = [&](int t) {
-    for (int64_t begin; (begin = next.fetch_add(chunk)) < units;)
-      work(begin, std::min(begin + chunk, units), scratch[t].get());
-  };
-  std::vector<std::thread> others;
-  others.reserve(count - 1);
+    shared->scratch.emplace_back(static_cast<double*>(::operator new(bytes, kAlign)));
   for (int t = 1; t < count; ++t) {
     try {
-      others.emplace_back(run, t);
-    } catch (const std::system_error&) {
-      break;  // no more threads to be had: those that run take all the work
+      std::thread([shared, t] { shared->join_in(t); }).detach();
+    } catch (const std::exception&) {
+      break;  // no more threads, or no memory for one: those that run take all the work
     }
   }
-  run(0);
-  for (std::thread& thread : others) thread.join();
+  shared->take(0);
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->closed = true;
+  shared->idle.wait(lock, [&] { return shared->active == 0; });
+  shared->scratch.clear();  // a late thread must not keep it
 }
 
 // A thread costs some 20 microseconds to start, so that each should have about 100000 flops.

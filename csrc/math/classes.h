@@ -5,16 +5,22 @@
 
 FASTFI_BEGIN
 
-// log_prob [k] -> sqrt_p [k], inv_sqrt_p [k]; an absent class (log_prob = -infinity) has 0 in both.
-// Halving is exact, so each square root carries the error of one exponential only.
+// log_prob [k] -> sqrt_p [k]; 0 for an absent class (log_prob = -infinity). Halving is exact, so
+// that each square root carries the error of one exponential only.
 template <class V>
-FASTFI_HD void class_weights(const V* log_prob, int64_t classes, V* sqrt_p, V* inv_sqrt_p) {
+FASTFI_HD void class_weights(const V* log_prob, int64_t classes, V* sqrt_p) {
   for (int64_t k = 0; k < classes; ++k) {
     const Mask<V> present = log_prob[k] > -1e300;
     const V half = select(log_prob[k] > kLogProbFloor, log_prob[k], V{} + kLogProbFloor) * 0.5;
     sqrt_p[k] = select(present, exp_of(half), V{});
-    inv_sqrt_p[k] = select(present, exp_of(-half), V{});
   }
+}
+
+// a / sqrt_p, and 0 for an absent class.
+template <class V>
+FASTFI_HD V over_weight(V a, V sqrt_p) {
+  const Mask<V> present = sqrt_p > 0.0;
+  return select(present, a / select(present, sqrt_p, V{} + 1.0), V{});
 }
 
 FASTFI_END

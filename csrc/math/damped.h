@@ -12,7 +12,7 @@ FASTFI_BEGIN
 
 FASTFI_HD int64_t damped_scratch(int64_t classes) {
   const int64_t r = classes - 1;
-  return r * r + 3 * r + 2 * classes;
+  return r * r + 3 * r + classes;
 }
 
 // Arguments as in solve_exact; tau >= 0, and 0 (a metric that vanishes) gives 0.
@@ -23,15 +23,13 @@ FASTFI_HD void solve_damped(const V* gram, const V* log_prob, Index<V> label, co
   const int64_t n = NS > 0 ? NS : n_;
   const int64_t classes = r + 1;
   V* sqrt_p = scratch;
-  V* inv_sqrt_p = sqrt_p + classes;
-  V* u = inv_sqrt_p + classes;
+  V* u = sqrt_p + classes;
   V* mu = u + r;
   V* weighted = mu + r;
   V* m = weighted + r;
 
-  class_weights(log_prob, classes, sqrt_p, inv_sqrt_p);
+  class_weights(log_prob, classes, sqrt_p);
   const V* p = sqrt_p + 1;
-  const V* inv_p = inv_sqrt_p + 1;
   const V top = sqrt_p[0];
   const V beta = 1.0 / (1.0 + top);
 
@@ -57,10 +55,11 @@ FASTFI_HD void solve_damped(const V* gram, const V* log_prob, Index<V> label, co
     if (kind == Objective::kCrossEntropy) {
       const Mask<V> is_top = label == 0;
       const V inv_top = 1.0 / top;
+      const V inv_label = over_weight(V{} + 1.0, gather(sqrt_p, label));
       for (int64_t k = 0; k < r; ++k) {
         const V hit = select(label == k + 1, V{} + 1.0, V{});
         g[k] = p[k] * p[k] - hit;
-        u[k] = select(is_top, p[k] * inv_top, beta * p[k] - hit * inv_p[k]);
+        u[k] = select(is_top, p[k] * inv_top, beta * p[k] - hit * inv_label);
       }
     } else {
       V sum = V{};
@@ -69,7 +68,7 @@ FASTFI_HD void solve_damped(const V* gram, const V* log_prob, Index<V> label, co
         sum += g[k];
       }
       const V along = sum * beta / top;
-      for (int64_t k = 0; k < r; ++k) u[k] = g[k] * inv_p[k] + along * p[k];
+      for (int64_t k = 0; k < r; ++k) u[k] = over_weight(g[k], p[k]) + along * p[k];
     }
     for (int64_t k = 0; k < r; ++k) mu[k] = p[k] * dot(gram + k * n, g, r);
   }

@@ -17,7 +17,7 @@ FASTFI_BEGIN
 // Doubles of scratch, in units of V.
 FASTFI_HD int64_t exact_scratch(int64_t n, int64_t classes) {
   const int64_t r = classes - 1;
-  return 2 * r * n + r * r + 6 * r + 3 * classes + weighted_pivots_scratch(r);
+  return 2 * r * n + r * r + 6 * r + 2 * classes + weighted_pivots_scratch(r);
 }
 
 // gram [n, n]; log_prob [r + 1]; label (a position among the classes) or grad [r + 1], by kind; n
@@ -32,8 +32,7 @@ FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, con
   const int64_t n = NS > 0 ? NS : n_;
   const int64_t classes = r + 1;
   V* sqrt_p = scratch;
-  V* inv_sqrt_p = sqrt_p + classes;
-  V* weight2 = inv_sqrt_p + classes;
+  V* weight2 = sqrt_p + classes;
   V* residual = weight2 + classes;
   V* inv_pivot = residual + r;
   V* mean = inv_pivot + r;
@@ -45,7 +44,7 @@ FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, con
   V* metric = factor + r * n;
   V* work = metric + r * r;
 
-  class_weights(log_prob, classes, sqrt_p, inv_sqrt_p);
+  class_weights(log_prob, classes, sqrt_p);
   V largest, smallest, present = V{};
   const V dimension =
       pivoted_cholesky<V, NS>(gram, n, r, tolerance, coordinates, residual, &largest, &smallest);
@@ -56,11 +55,11 @@ FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, con
   V closed = V{};
   if (kind == Objective::kCrossEntropy) {
     for (int64_t k = 0; k < classes; ++k) closed += select(label == k, V{}, sqrt_p[k] * sqrt_p[k]);
-    const V inv_y = gather(inv_sqrt_p, label);
+    const V inv_y = over_weight(V{} + 1.0, gather(sqrt_p, label));
     closed = closed * inv_y * inv_y;
   } else if (kind == Objective::kGradient) {
     for (int64_t k = 0; k < classes; ++k) {
-      const V term = grad[k] * inv_sqrt_p[k];
+      const V term = over_weight(grad[k], sqrt_p[k]);
       closed += term * term;
     }
   }
@@ -85,8 +84,8 @@ FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, con
   int64_t steps = d;
   while (steps > 0 && !any(rank > static_cast<double>(steps - 1))) --steps;
   for (int64_t i = 0; i < steps; ++i)
-    inv_sqrt_pivot[i] =
-        select(rank > static_cast<double>(i), gather(inv_sqrt_p, pivot[i] + 1), V{});
+    inv_sqrt_pivot[i] = over_weight(select(rank > static_cast<double>(i), V{} + 1.0, V{}),
+                                    gather(sqrt_p, pivot[i] + 1));
 
   // factor becomes X^T, then Z^T, by back substitution with its own pivot columns.
   for (int64_t i = steps - 1; i >= 0; --i) {

@@ -14,7 +14,7 @@ FASTFI_BEGIN
 
 FASTFI_HD int64_t truncated_scratch(int64_t n, int64_t classes) {
   const int64_t r = classes - 1;
-  return r * n + r * classes + 3 * r + 3 * classes;
+  return r * n + r * classes + 3 * r + 2 * classes;
 }
 
 // One rotation of rows a, b (squared norms na, nb) that makes them orthogonal; ha, hb turn along.
@@ -55,15 +55,14 @@ FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label,
   const int64_t n = NS > 0 ? NS : n_;
   const int64_t classes = r + 1;
   V* sqrt_p = scratch;
-  V* inv_sqrt_p = sqrt_p + classes;
-  V* weight = inv_sqrt_p + classes;
+  V* weight = sqrt_p + classes;
   V* residual = weight + classes;
   V* h = residual + r;
   V* norm = h + r;
   V* factor = norm + r;
   V* a = factor + r * n;
 
-  class_weights(log_prob, classes, sqrt_p, inv_sqrt_p);
+  class_weights(log_prob, classes, sqrt_p);
   for (int64_t k = 0; k < classes; ++k) weight[k] = sqrt_p[k] * sqrt_p[k] / (sqrt_p[k] + eps);
   V largest, smallest;
   const V rank =

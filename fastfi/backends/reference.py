@@ -201,7 +201,9 @@ def pivot_combinations(chol: Pivots) -> Tensor:
     at = chol.index[:, None, :].expand(-1, r, -1)
     triangle = chol.factor.gather(2, at).triu()  # T^T: entry (i, j) is L_i at pivot j, j >= i
     used = chol.valid[:, :, None] & chol.valid[:, None, :]
-    triangle = torch.where(used, triangle, torch.eye(r).to(triangle))
+    triangle = torch.where(
+        used, triangle, torch.eye(r, dtype=triangle.dtype, device=triangle.device)
+    )
     return torch.linalg.solve_triangular(triangle, chol.factor, upper=True)
 
 
@@ -324,7 +326,9 @@ class DampedCoordinates:
         tau = tau.repeat_interleave(q.shape[1:].numel(), 0)  # [M]
         self.positive = tau > 0
         self.tau = torch.where(self.positive, tau, 1.0)
-        self.factor = torch.linalg.cholesky(m + self.tau[:, None, None] * torch.eye(r).to(m))
+        self.factor = torch.linalg.cholesky(
+            m + self.tau[:, None, None] * torch.eye(r, dtype=m.dtype, device=m.device)
+        )
         self.u: Tensor | None = None
         if q.label is not None:
             onehot = torch.nn.functional.one_hot(q.label, r + 1)[:, 1:].double()
