@@ -34,6 +34,10 @@ def copy(tmp_path):
     """A copy of the package, to be damaged."""
     source = Path(fastfi.__file__).parent
     shutil.copytree(source, tmp_path / "fastfi", ignore=shutil.ignore_patterns("__pycache__"))
+    # An editable installation would find the modules that a test removes from the copy.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+    )
     return tmp_path
 
 
