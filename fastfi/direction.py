@@ -112,7 +112,7 @@ def direction(
     check_model(model)
     check_input(x)
     y = None if y is None else check_labels(y, x.shape[0], x.device)
-    plan = ChunkPlan(memory_budget, x, None, model, (outputs, objective == "cross_entropy", None))
+    plan = ChunkPlan(memory_budget, x, None, model, (outputs, None))
 
     def run(part: slice) -> Tensor:
         data = input_rows(model, x, part, y, outputs=outputs, objective=objective)

@@ -141,7 +141,7 @@ def evaluate(
         y = check_labels(y, x.shape[0], x.device)
 
     fixed = FORWARD_CHUNK if assume_full_rank else None
-    plan = ChunkPlan(memory_budget, x, fixed, model, (outputs, objective == "cross_entropy", lump))
+    plan = ChunkPlan(memory_budget, x, fixed, model, (outputs, lump))
     order = None
     xs, ys = x, y  # in the order of computation
     if lump is not None and len(x) > plan.size:

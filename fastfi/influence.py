@@ -87,7 +87,7 @@ def influence(
             rows; Exact only.
         full_output: return :class:`Influence` instead of FI alone.
         memory_budget: bytes for activations and rows; None means half of what is free. Chunk sizes
-            follow from a measurement on the first samples; running out of memory halves them.
+            follow from a measurement on two samples; running out of memory halves them.
         dtype: of the result; None means float64 for a model that returns float64, else float32,
             where values beyond its range saturate at its largest number.
 

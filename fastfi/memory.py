@@ -22,8 +22,8 @@ __all__ = [
     "is_out_of_memory",
 ]
 
-# The first chunk, on which the model's memory is measured, is this or smaller: a sample of a large
-# network may keep some thousand times its own size.
+# The largest chunk that is taken without a measurement, and smaller for large samples: a network
+# may keep some thousand times a sample's own size.
 FIRST_CHUNK = 16
 FIRST_SAMPLE_FACTOR = 2048
 # On CPU, larger activations leave the caches, and from 32 MiB on the allocator maps fresh pages at
@@ -90,7 +90,7 @@ class Footprint(NamedTuple):
 
 
 # What earlier calls measured, by model and kind of input: a loop over a data loader should not
-# begin each batch with a small chunk.
+# measure each batch again.
 _known: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Footprint]] = (
     weakref.WeakKeyDictionary()
 )
@@ -104,7 +104,7 @@ class ChunkPlan:
         x: the samples [B, ...].
         fixed: take this many, without a measurement (halved all the same on out-of-memory).
         model: an earlier measurement with this model and inputs like x is used again.
-        variant: whatever else decides the number of rows and the precision.
+        variant: whatever else decides the number of rows.
 
     Attributes:
         size: of the next chunk.
