@@ -19,6 +19,8 @@ try:
     )
     from fastfi.influence import Influence, influence
     from fastfi.inverse import Damped, Exact, Truncated
+    from fastfi.maps import InfluenceMap, influence_map
+    from fastfi.regions import RegionInfluence, region_influence
 except ImportError as _error:
     # The doctor must run where torch or the compiled module is broken: it explains what is wrong.
     if "fastfi.doctor" not in sys.orig_argv:
@@ -35,16 +37,20 @@ __all__ = [
     "Exact",
     "FastfiError",
     "Influence",
+    "InfluenceMap",
     "InputError",
     "LabelError",
     "ModelModeError",
     "NonFiniteError",
     "OptionError",
     "OutputError",
+    "RegionInfluence",
     "Truncated",
     "WeightsError",
     "__version__",
     "backends",
     "direction",
     "influence",
+    "influence_map",
+    "region_influence",
 ]

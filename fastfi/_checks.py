@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from fastfi._ops import CHANNELS
 from fastfi.errors import (
     InputError,
     LabelError,
@@ -22,14 +23,19 @@ from fastfi.errors import (
 )
 
 __all__ = [
+    "check_channels",
     "check_finite",
     "check_input",
     "check_label_range",
     "check_labels",
     "check_log_prob_sum",
     "check_lump",
+    "check_mask",
     "check_model",
     "check_prob",
+    "check_regions",
+    "check_scales",
+    "check_spatial",
 ]
 
 
@@ -144,6 +150,79 @@ def check_lump(lump: float | None) -> None:
     """lump is None or a probability between 0 and 1."""
     if lump is not None and not (isinstance(lump, numbers.Real) and 0 < lump < 1):
         raise OptionError(f"lump: expected a probability mass between 0 and 1, got {lump!r}")
+
+
+def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
+    """Distinct odd numbers of pixels, as a tuple of int."""
+    expected = "scales: expected distinct odd numbers of pixels, such as (1, 3, 5, 7)"
+    try:
+        values = tuple(scales)
+    except TypeError as error:
+        raise OptionError(f"{expected}, got {scales!r}") from error
+    odd = all(isinstance(s, numbers.Integral) and s >= 1 and s % 2 == 1 for s in values)
+    if not values or not odd or len(set(values)) < len(values):
+        raise OptionError(f"{expected}, got {scales!r}")
+    return tuple(map(int, values))
+
+
+def check_channels(channels: str) -> None:
+    """channels is a known treatment of colour channels."""
+    if channels not in CHANNELS:
+        raise OptionError(
+            f"channels: expected one of {', '.join(map(repr, CHANNELS))}, got {channels!r}"
+        )
+
+
+def check_spatial(x: Tensor) -> None:
+    """x [B, C, *spatial] has 1 to 3 spatial dimensions."""
+    if x.dim() not in (3, 4, 5):
+        raise InputError(
+            "x: expected signals [B, C, T], images [B, C, H, W] or volumes [B, C, D, H, W], whose "
+            f"pixels have neighbours, got shape {list(x.shape)}; give the model a wrapper that "
+            "flattens, or use region_influence"
+        )
+
+
+def _spatial_map(values: Any, x: Tensor, name: str, kind: str) -> Tensor:
+    """values as a tensor [B or 1, P] on x's device, P pixels."""
+    try:
+        values = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}: expected {kind}, got {type(values).__name__}") from error
+    spatial = list(x.shape[2:]) or [x.shape[1]]
+    shape = list(values.shape)
+    if shape not in (spatial, [x.shape[0], *spatial]):
+        raise InputError(
+            f"{name}: expected {kind} of shape {spatial}, or {[x.shape[0], *spatial]} with one map "
+            f"for each sample, got shape {shape}"
+        )
+    return values.to(x.device).reshape(1 if shape == spatial else x.shape[0], -1)
+
+
+def check_regions(regions: Any, x: Tensor) -> tuple[Tensor, int]:
+    """Regions as int64 [B or 1, P], and their number."""
+    maps = _spatial_map(regions, x, "regions", "integers")
+    if maps.dtype == torch.bool or maps.is_floating_point() or maps.is_complex():
+        raise InputError(f"regions: expected integers (-1 is background), got {maps.dtype}")
+    maps = maps.to(torch.int64)
+    low, high = (int(v) for v in torch.aminmax(maps))
+    if low < -1 or high < 0:
+        raise InputError(
+            "regions: expected values from -1 (background) up with at least one region, got "
+            f"values from {low} to {high}"
+        )
+    return maps, high + 1
+
+
+def check_mask(mask: Any, x: Tensor) -> Tensor:
+    """A boolean mask as a tensor [B or 1, P] with at least one pixel for each sample."""
+    mask = _spatial_map(mask, x, "region", "a boolean mask")
+    if mask.dtype != torch.bool:
+        raise InputError(f"region: expected a boolean mask, got {mask.dtype}; try regions == r")
+    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(f"region: expected at least one pixel, got none in masks {empty[:10]}")
+    return mask
 
 
 def check_prob(prob: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Operator schemas, their argument checks and their fake kernels. No kernel lives here.
 
-The four operators work on one convention. A sample has ``K`` classes, ordered so that class 0 is
+All operators work on one convention. A sample has ``K`` classes, ordered so that class 0 is
 the reference ``t`` (the most probable one); row ``r`` of a Gram matrix belongs to class ``r + 1``
 and holds the contrast ``D_r = d(z_{r+1} - z_0) / d omega``. A solve takes the objective in one of
 three forms:
@@ -8,23 +8,47 @@ three forms:
 * ``label`` (int64, a position in that order), ``grad=None``: cross-entropy, ``f = -log P_label``;
 * ``grad = df/dz`` [B, K] with zero sum, ``label=None``: ``h = sum_k grad_k dl_k``;
 * neither, and ``gram`` with one row more than contrasts (n = K): the last row is ``h`` itself.
+
+``window_influence`` takes the rows themselves, [B, n, C, *spatial], and solves one problem for each
+window of pixels. The windows of a scale k are the k x k squares (intervals, cubes) around each
+pixel, clipped at the border, of each colour channel (``"separate"``), or of all channels together
+(``"joint"``); ``"mean"`` averages the separate FI over the channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["OP_NAMES", "check_gram", "check_solve"]
+__all__ = ["CHANNELS", "INVERSES", "OP_NAMES", "check_gram", "check_scales", "check_segments"]
+__all__ += ["check_solve", "check_windows"]
 
-OP_NAMES = ("gram", "solve_exact", "solve_truncated", "solve_damped")
+OP_NAMES = (
+    "gram",
+    "segment_gram",
+    "solve_exact",
+    "solve_truncated",
+    "solve_damped",
+    "window_influence",
+)
+CHANNELS = ("separate", "joint", "mean")
+INVERSES = ("exact", "truncated", "damped")
 
 _SOLVE = "Tensor gram, Tensor log_prob, Tensor? label, Tensor? grad"
 
 torch.library.define("fastfi::gram", "(Tensor rows) -> Tensor")
+torch.library.define("fastfi::segment_gram", "(Tensor rows, Tensor offsets) -> Tensor")
 torch.library.define("fastfi::solve_exact", f"({_SOLVE}, float rtol) -> (Tensor, Tensor)")
 torch.library.define("fastfi::solve_truncated", f"({_SOLVE}, float eps) -> (Tensor, Tensor)")
 torch.library.define("fastfi::solve_damped", f"({_SOLVE}, Tensor tau) -> Tensor")
+
+torch.library.define(
+    "fastfi::window_influence",
+    "(Tensor rows, Tensor log_prob, Tensor? label, Tensor? grad, int[] scales, str channels, "
+    "str inverse, float parameter, Tensor? tau, bool with_rank) -> (Tensor, Tensor)",
+)
 
 _ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,6 +59,23 @@ def check_gram(rows: Tensor) -> None:
         raise ValueError(f"gram: expected rows [B, R, p], got shape {list(rows.shape)}")
     if rows.dtype not in _ROW_DTYPES:
         raise ValueError(f"gram: expected float16, bfloat16, float32 or float64, got {rows.dtype}")
+
+
+def check_segments(rows: Tensor, offsets: Tensor) -> None:
+    """Raises ValueError unless ``rows`` is [B, R, p] and ``offsets`` int64 [B or 1, G + 1]. (Their
+    values, from 0 to p and not decreasing, are the caller's business.)"""
+    check_gram(rows)
+    ok = offsets.dim() == 2 and offsets.dtype == torch.int64 and offsets.shape[1] >= 1
+    ok = ok and offsets.shape[0] in (1, rows.shape[0]) and offsets.device == rows.device
+    expected = f"int64 [{rows.shape[0]} or 1, G + 1] on {rows.device}"
+    _check(ok, "segment_gram", expected, "offsets", offsets)
+
+
+def check_scales(scales: Sequence[int]) -> None:
+    """Raises ValueError unless ``scales`` are distinct odd numbers of pixels."""
+    odd = all(s >= 1 and s % 2 == 1 for s in scales)
+    if not odd or len(scales) == 0 or len(set(scales)) < len(scales):
+        raise ValueError(f"scales: expected distinct odd numbers of pixels, got {list(scales)}")
 
 
 def _check(condition: bool, op: str, expected: str, name: str, t: Tensor | None) -> None:
@@ -74,10 +115,46 @@ def check_solve(
         _check(t is None or t.device == gram.device, op, f"on {gram.device}", name, t)
 
 
+def check_windows(
+    rows: Tensor,
+    log_prob: Tensor,
+    label: Tensor | None,
+    grad: Tensor | None,
+    scales: Sequence[int],
+    channels: str,
+    inverse: str,
+    tau: Tensor | None,
+) -> None:
+    """Raises ValueError, naming the argument, unless those of ``window_influence`` fit together."""
+    op = "window_influence"
+    if rows.dim() not in (4, 5, 6) or rows.dtype not in _ROW_DTYPES:
+        raise ValueError(
+            f"{op}: expected floating-point rows [B, n, C, *spatial] with 1 to 3 spatial "
+            f"dimensions, got {rows.dtype} {list(rows.shape)}"
+        )
+    check_scales(scales)
+    for name, value, known in (("channels", channels, CHANNELS), ("inverse", inverse, INVERSES)):
+        if value not in known:
+            raise ValueError(f"{op}: expected {name} to be one of {known}, got {value!r}")
+    if (tau is None) == (inverse == "damped"):
+        raise ValueError(f"{op}: expected tau with 'damped' alone, got {inverse!r} and {tau}")
+    batch, n = rows.shape[:2]
+    # The solves' own checks, on a Gram matrix that takes no memory.
+    gram = rows.new_empty((), dtype=torch.float64).expand(batch, n, n)
+    check_solve(op, gram, log_prob, label, grad, tau)
+
+
 @torch.library.register_fake("fastfi::gram")
 def _(rows: Tensor) -> Tensor:
     check_gram(rows)
     return rows.new_empty((rows.shape[0], rows.shape[1], rows.shape[1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastfi::segment_gram")
+def _(rows: Tensor, offsets: Tensor) -> Tensor:
+    check_segments(rows, offsets)
+    batch, n, _ = rows.shape
+    return rows.new_empty((batch, offsets.shape[1] - 1, n, n), dtype=torch.float64)
 
 
 def _fake_pair(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,3 +184,27 @@ def _(
 ) -> Tensor:
     check_solve("solve_damped", gram, log_prob, label, grad, tau)
     return gram.new_empty(gram.shape[:-2])
+
+
+@torch.library.register_fake("fastfi::window_influence")
+def _(
+    rows: Tensor,
+    log_prob: Tensor,
+    label: Tensor | None,
+    grad: Tensor | None,
+    scales: Sequence[int],
+    channels: str,
+    inverse: str,
+    parameter: float,
+    tau: Tensor | None,
+    with_rank: bool,
+) -> tuple[Tensor, Tensor]:
+    check_windows(rows, log_prob, label, grad, scales, channels, inverse, tau)
+    batch, _, colours, *spatial = rows.shape
+    separate = (batch, len(scales), colours, *spatial)
+    merged = (batch, len(scales), *spatial)
+    fi = rows.new_empty(separate if channels == "separate" else merged, dtype=torch.float64)
+    if not with_rank or inverse == "damped":
+        return fi, rows.new_empty(0, dtype=torch.int64)
+    shape = merged if channels == "joint" else separate
+    return fi, rows.new_empty(shape, dtype=torch.int64)

@@ -7,23 +7,23 @@ them; the coefficients come from the same float64 coordinates as FI itself, in p
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastfi._checks import check_input, check_labels, check_model
+from fastfi._checks import check_mask
 from fastfi.backends.reference import (
     DampedCoordinates,
     ExactCoordinates,
     Problem,
     TruncatedCoordinates,
 )
-from fastfi.inverse import Exact, Inverse, Truncated, as_inverse, metric_trace
-from fastfi.memory import ChunkPlan, check_budget, chunks
-from fastfi.model import check_outputs
-from fastfi.objectives import Objective, as_objective
-from fastfi.rows import InputRows, gram_of, input_rows, measure
+from fastfi.inverse import Damped, Exact, Inverse, Truncated, as_inverse
+from fastfi.objectives import Objective
+from fastfi.rows import InputRows, damping, gram_of
+from fastfi.sweep import Request, sweep
 
 __all__ = ["direction"]
 
@@ -69,16 +69,19 @@ def _damped(q: Problem, tau: Tensor) -> Tensor:
     return torch.cat([-w, c.positive[:, None].to(w)], 1)  # (h - G-part) / tau, times tau
 
 
-def _coefficients(data: InputRows, gram: Tensor, inverse: Inverse) -> Tensor:
+def _coefficients(data: InputRows, gram: Tensor, inverse: Inverse, tau: Tensor | None) -> Tensor:
     """Weights [B, n] of the rows in the direction."""
-    log_prob = data.classes.log_prob
-    q = Problem(gram, log_prob, data.label, data.grad)
+    q = Problem(gram, data.classes.log_prob, data.label, data.grad)
     if isinstance(inverse, Exact):
         return _exact(q, data.rtol if inverse.rtol is None else inverse.rtol)
     if isinstance(inverse, Truncated):
         return _truncated(q, inverse.eps)
-    r = q.contrasts
-    return _damped(q, inverse.alpha * metric_trace(gram[:, :r, :r], log_prob))
+    assert tau is not None
+    return _damped(q, tau)
+
+
+class _Part(NamedTuple):
+    v: Tensor
 
 
 def direction(
@@ -86,6 +89,7 @@ def direction(
     x: Tensor,
     y: Tensor | None = None,
     *,
+    region: Tensor | None = None,
     objective: str | Objective = "cross_entropy",
     inverse: Inverse | str = "exact",
     outputs: str = "logits",
@@ -98,33 +102,35 @@ def direction(
 
     Args:
         model, x, y, objective, inverse, outputs, memory_budget: as in :func:`influence`.
+        region: a boolean mask of the pixels that may change, in all channels: x.shape[2:] (for flat
+            inputs [p]) for all samples alike, or one for each, [B, ...]. None means all. Damped
+            takes tau from the whole input all the same, as :func:`region_influence` does.
 
     Returns:
-        v, like x, with Euclidean norm 1 for each sample; 0 where FI is 0.
+        v, like x, with Euclidean norm 1 for each sample; 0 where FI is 0, and outside the region.
 
     Raises:
-        The exceptions of :func:`influence`.
+        InputError: also for a region that is empty or has another shape; and the exceptions of
+            :func:`influence`.
     """
     rule = as_inverse(inverse)
-    objective = as_objective(objective)
-    check_outputs(outputs)
-    check_budget(memory_budget)
-    check_model(model)
-    check_input(x)
-    y = None if y is None else check_labels(y, x.shape[0], x.device)
-    plan = ChunkPlan(memory_budget, x, None, model, (outputs, None))
+    q = Request.checked(
+        model, x, y, objective=objective, outputs=outputs, memory_budget=memory_budget
+    )
+    mask = None if region is None else check_mask(region, x)  # [B or 1, P]
 
-    def run(part: slice) -> Tensor:
-        data = input_rows(model, x, part, y, outputs=outputs, objective=objective)
-        with torch.autocast(x.device.type, enabled=False), torch.no_grad():
-            gram = gram_of(data)
-            w = _coefficients(data, gram, rule)  # [B, n]
-            v = torch.einsum("bn,bnp->bp", w, data.rows.double())
-            # Scaled first: a norm may underflow or overflow where its direction does not.
-            v = v / v.abs().amax(1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
-            length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-            v = v / torch.where(length > 0, length, 1.0)
-            return v.to(x.dtype).reshape(x[part].shape)
+    def work(data: InputRows, at: Tensor) -> _Part:
+        tau = damping(rule, data) if isinstance(rule, Damped) else None
+        if mask is not None:
+            mine = mask[at] if len(mask) > 1 else mask
+            rows = data.rows.unflatten(2, (-1, mask.shape[1])) * mine[:, None, None]
+            data = replace(data, rows=rows.flatten(2))
+        w = _coefficients(data, gram_of(data), rule, tau)  # [B, n]
+        v = torch.einsum("bn,bnp->bp", w, data.rows.double())
+        # Scaled first: a norm may underflow or overflow where its direction does not.
+        v = v / v.abs().amax(1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+        length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+        v = v / torch.where(length > 0, length, 1.0)
+        return _Part(v.to(x.dtype).reshape(-1, *x.shape[1:]))
 
-    measure(model, x, plan, outputs)
-    return torch.cat(list(chunks(x.shape[0], plan, run)))
+    return sweep(q, work).v

@@ -7,25 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastfi._checks import (
-    check_input,
-    check_label_range,
-    check_labels,
-    check_lump,
-    check_model,
-)
-from fastfi.classes import SortedClasses, kept_classes, sort_classes
+from fastfi._checks import check_label_range
+from fastfi.classes import SortedClasses, sort_classes
 from fastfi.errors import OptionError
 from fastfi.inverse import Exact, Inverse, as_inverse, solve
-from fastfi.memory import ChunkPlan, check_budget, chunks
-from fastfi.model import check_outputs, forward
-from fastfi.objectives import Objective, as_objective, logit_gradient
-from fastfi.rows import InputRows, gram_of, input_rows, measure
+from fastfi.model import forward
+from fastfi.objectives import Objective, logit_gradient
+from fastfi.rows import InputRows, gram_of
+from fastfi.sweep import FORWARD_CHUNK, Request, run_chunks, sweep
 
 __all__ = ["Evaluation", "evaluate"]
-
-# Samples of a forward pass without gradient, where nothing is kept.
-FORWARD_CHUNK = 256
 
 
 class Evaluation(NamedTuple):
@@ -52,11 +43,14 @@ def _part(fi: Tensor, rank: Tensor | None, classes: SortedClasses, y: Tensor | N
     return Evaluation(fi, rank, label, log_prob, classes.predicted, dtype)
 
 
-def _full_rank_part(
-    z: Tensor, inputs: int, y: Tensor | None, objective: str | Objective
-) -> Evaluation:
-    """The closed form at full rank, FI = sum_k g_k^2 / P_k, from logits z [B, K]."""
+def _full_rank_part(q: Request, part: slice) -> Evaluation:
+    """The closed form at full rank, FI = sum_k g_k^2 / P_k, from one forward pass."""
+    with torch.no_grad():
+        z = forward(q.model, q.x[part].detach(), q.outputs)  # [b, K]
     batch, classes = z.shape
+    check_label_range(q.y, classes)
+    inputs, objective = q.x[0].numel(), q.objective
+    y = None if q.y is None else q.y[part]
     if inputs < classes - 1:
         raise OptionError(
             f"assume_full_rank: expected at least K - 1 = {classes - 1} input values, got "
@@ -90,21 +84,6 @@ def _solved_part(data: InputRows, inverse: Inverse, y: Tensor | None) -> Evaluat
     return _part(fi, rank, data.classes, y, data.dtype)
 
 
-def _by_lumped_count(model: Any, x: Tensor, y: Tensor | None, outputs: str, lump: float) -> Tensor:
-    """An order of the samples in which neighbours keep similar numbers of classes: a chunk costs as
-    many backward passes as its most demanding sample."""
-
-    def run(part: slice) -> Tensor:
-        z = forward(model, x[part].detach(), outputs)
-        check_label_range(y, z.shape[1])
-        log_prob = z.double().log_softmax(1)
-        return kept_classes(log_prob.sort(1, descending=True).values, lump)
-
-    with torch.no_grad():
-        kept = list(chunks(len(x), ChunkPlan(None, x, FORWARD_CHUNK), run))
-    return torch.cat(kept).argsort(stable=True)
-
-
 def evaluate(
     model: Any,
     x: Tensor,
@@ -123,10 +102,6 @@ def evaluate(
     if wrt != "input":
         raise OptionError(f"wrt: expected 'input', the only one in this version, got {wrt!r}")
     rule = as_inverse(inverse)
-    objective = as_objective(objective)
-    check_outputs(outputs)
-    check_lump(lump)
-    check_budget(memory_budget)
     if assume_full_rank and not isinstance(rule, Exact):
         raise OptionError(
             f"assume_full_rank: expected inverse='exact', whose closed form it is, got {rule!r}"
@@ -135,43 +110,13 @@ def evaluate(
         raise OptionError(
             f"lump: expected None with assume_full_rank=True, which merges nothing, got {lump!r}"
         )
-    check_model(model)
-    check_input(x)
-    if y is not None:
-        y = check_labels(y, x.shape[0], x.device)
-
-    fixed = FORWARD_CHUNK if assume_full_rank else None
-    plan = ChunkPlan(memory_budget, x, fixed, model, (outputs, lump))
-    order = None
-    xs, ys = x, y  # in the order of computation
-    if lump is not None and len(x) > plan.size:
-        order = _by_lumped_count(model, x, y, outputs, lump)
-        xs, ys = x[order], None if y is None else y[order]
-
-    def run(part: slice) -> Evaluation:
-        labels = None if ys is None else ys[part]
-        if assume_full_rank:
-            with torch.no_grad():
-                z = forward(model, xs[part].detach(), outputs)
-            check_label_range(y, z.shape[1])
-            return _full_rank_part(z, xs[0].numel(), labels, objective)
-        data = input_rows(model, xs, part, ys, outputs=outputs, objective=objective, lump=lump)
-        return _solved_part(data, rule, labels)
-
-    measure(model, xs, plan, outputs, lump)
-    parts = list(chunks(len(x), plan, run, order))
-    back = None if order is None else order.argsort()
-
-    def join(tensors: list[Tensor]) -> Tensor:
-        joined = torch.cat(tensors)
-        return joined if back is None else joined[back]
-
-    ranks = [p.rank for p in parts if p.rank is not None]
-    return Evaluation(
-        join([p.fi for p in parts]),
-        join(ranks) if ranks else None,
-        join([p.label for p in parts]),
-        join([p.log_prob for p in parts]),
-        join([p.predicted for p in parts]),
-        parts[0].dtype,
+    q = Request.checked(
+        model, x, y, objective=objective, outputs=outputs, lump=lump, memory_budget=memory_budget
     )
+    if assume_full_rank:
+        return run_chunks(q, q.plan(FORWARD_CHUNK), lambda part: _full_rank_part(q, part))
+
+    def work(data: InputRows, at: Tensor) -> Evaluation:
+        return _solved_part(data, rule, None if q.y is None else q.y[at])
+
+    return sweep(q, work)

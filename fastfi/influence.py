@@ -12,7 +12,7 @@ from fastfi.evaluate import evaluate
 from fastfi.inverse import Inverse
 from fastfi.objectives import Objective
 
-__all__ = ["Influence", "influence"]
+__all__ = ["Influence", "check_dtype", "finish", "influence"]
 
 
 class Influence(NamedTuple):
@@ -35,9 +35,16 @@ class Influence(NamedTuple):
     names: tuple[str, ...]
 
 
-def _finish(fi: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts to the result's dtype. Values beyond float32 saturate: FI stays finite unless P_y
-    underflows float64."""
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """OptionError unless ``dtype`` is one that a result may have."""
+    if dtype is not None and dtype not in (torch.float32, torch.float64):
+        raise OptionError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype!r}")
+
+
+def finish(fi: Tensor, dtype: torch.dtype | None, of_model: torch.dtype) -> Tensor:
+    """Casts to the result's dtype: float64 if the model's is, else float32, unless one is asked
+    for. Values beyond float32 saturate: FI stays finite unless P_y underflows float64."""
+    dtype = dtype or (torch.float64 if of_model == torch.float64 else torch.float32)
     if dtype == torch.float64:
         return fi
     limit = torch.finfo(dtype).max
@@ -105,8 +112,7 @@ def influence(
         >>> fastfi.influence(model, x, y).shape
         torch.Size([4])
     """
-    if dtype is not None and dtype not in (torch.float32, torch.float64):
-        raise OptionError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype!r}")
+    check_dtype(dtype)
     result = evaluate(
         model,
         x,
@@ -119,8 +125,7 @@ def influence(
         assume_full_rank=assume_full_rank,
         memory_budget=memory_budget,
     )
-    natural = torch.float64 if result.dtype == torch.float64 else torch.float32
-    fi = _finish(result.fi, dtype or natural)
+    fi = finish(result.fi, dtype, result.dtype)
     if not full_output:
         return fi
     return Influence(fi, result.rank, result.label, result.log_prob, ("input",))

@@ -142,11 +142,14 @@ def solve(
     label: Tensor | None,
     grad: Tensor | None,
     rtol: float,
+    tau: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Runs the operator of one inverse on blocks of their own metric: FI [B], rank [B] or None.
+    """Runs the operator of one inverse: FI [B, *blocks], and rank [B, *blocks] or None.
 
     Args:
+        gram: [B, *blocks, n, n].
         rtol: the default of :class:`Exact`, used where it names none.
+        tau: [B], the damping of :class:`Damped`; None takes each sample's from its only block.
         others: as the operators of :mod:`fastfi._ops`.
     """
     if isinstance(inverse, Exact):
@@ -157,11 +160,14 @@ def solve(
         fi, rank = torch.ops.fastfi.solve_truncated(gram, log_prob, label, grad, inverse.eps)
         return fi, rank
     r = log_prob.shape[1] - 1
-    tau = inverse.alpha * metric_trace(gram[:, :r, :r], log_prob)
+    if tau is None:
+        tau = inverse.alpha * metric_trace(gram[:, :r, :r], log_prob)
     fi = torch.ops.fastfi.solve_damped(gram, log_prob, label, grad, tau)
     if label is not None:
         # Beside a gradient, tau vanishes only where every other class's P underflows, and 1 / P_y
         # with it.
-        length = gram.diagonal(dim1=1, dim2=2).gather(1, (label - 1).clamp(min=0)[:, None])[:, 0]
-        fi = torch.where((tau == 0) & (label > 0) & (length > 0), torch.inf, fi)
+        own = (label - 1).clamp(min=0).view(-1, *[1] * (gram.dim() - 2))
+        length = gram.diagonal(dim1=-2, dim2=-1).gather(-1, own.expand(*gram.shape[:-2], 1))[..., 0]
+        unbounded = ((tau == 0) & (label > 0)).view(-1, *[1] * (gram.dim() - 3)) & (length > 0)
+        fi = torch.where(unbounded, torch.inf, fi)
     return fi, None

@@ -18,12 +18,13 @@ from torch import Tensor
 from fastfi._checks import check_finite, check_label_range
 from fastfi.classes import SortedClasses, sort_classes
 from fastfi.errors import OutputError
-from fastfi.inverse import default_rtol
+from fastfi.inverse import Damped, default_rtol, metric_trace
 from fastfi.memory import ActivationMeter, ChunkPlan
 from fastfi.model import eagerly, forward
 from fastfi.objectives import Objective, logit_gradient
 
-__all__ = ["InputRows", "Recorded", "gram_of", "input_rows", "measure", "pull_back_rows", "record"]
+__all__ = ["InputRows", "Recorded", "damping", "gram_of", "input_rows", "measure"]
+__all__ += ["pull_back_rows", "record"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ def gram_of(data: InputRows) -> Tensor:
     squares = gram.diagonal(dim1=1, dim2=2)
     check_finite(squares, "model", "gradients of the logits with respect to x")
     return gram
+
+
+def damping(inverse: Damped, data: InputRows) -> Tensor:
+    """tau [B], relative to the metric of the whole input."""
+    contrasts = data.classes.log_prob.shape[1] - 1
+    gram = gram_of(data)[:, :contrasts, :contrasts]
+    return inverse.alpha * metric_trace(gram, data.classes.log_prob)
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -154,12 +162,21 @@ def pull_back_rows(
 
 
 def measure(
-    model: Any, x: Tensor, plan: ChunkPlan, outputs: str, lump: float | None = None
+    model: Any,
+    x: Tensor,
+    plan: ChunkPlan,
+    outputs: str,
+    lump: float | None = None,
+    extra_bytes: int = 0,
 ) -> None:
     """Tells ``plan`` what memory the model takes, from a forward pass of two samples that is thrown
     away. (Counting during a pass that is used would switch off autograd's check for tensors that
     the model overwrote.) Nothing is measured where one small chunk serves, or where the pass fails:
-    the chunks begin small then, and whatever is wrong is raised from them."""
+    the chunks begin small then, and whatever is wrong is raised from them.
+
+    Args:
+        extra_bytes: what each sample needs beside activations and rows.
+    """
     if plan.measured or len(x) <= plan.size:
         return
     meter = ActivationMeter()
@@ -168,7 +185,7 @@ def measure(
     except Exception:
         return
     rows = z.shape[1] - 1 if lump is None else min(z.shape[1] - 1, 32)
-    plan.measure(meter, 2, 2 * rows * x[0].nbytes)
+    plan.measure(meter, 2, 2 * (rows * x[0].nbytes + extra_bytes))
 
 
 def input_rows(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 
 from fastfi._ops import OP_NAMES
-from fastfi.backends import cpu, reference
+from fastfi.backends import cpu, reference, reference_windows
 
 __all__ = ["backends"]
 
+_REFERENCE = {**vars(reference), **vars(reference_windows)}
+
 for _name in OP_NAMES:
     # The reference serves every device that has no kernel of its own.
-    torch.library.impl(f"fastfi::{_name}", "default")(getattr(reference, _name))
-    torch.library.register_kernel(f"fastfi::{_name}", "cpu", getattr(cpu, _name))
+    torch.library.impl(f"fastfi::{_name}", "default")(_REFERENCE[_name])
+    if hasattr(cpu, _name):
+        torch.library.register_kernel(f"fastfi::{_name}", "cpu", getattr(cpu, _name))
 
 
 def backends() -> dict[str, dict[str, str]]:
