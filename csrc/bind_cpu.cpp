@@ -1,10 +1,12 @@
 // The only file of the CPU module that knows Python. Addresses come as integers, made by
 // tensor.data_ptr(); shapes and dtypes were checked by fastfi/backends/cpu.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
 
@@ -26,9 +28,12 @@ T* at(std::uintptr_t address) {
 }
 
 void gram(std::uintptr_t rows, bool is_double, int64_t batch, int64_t count, int64_t columns,
-          std::uintptr_t out, int threads, const std::string& isa) {
+          std::uintptr_t out, std::uintptr_t offsets, int64_t segments, int64_t offset_stride,
+          int threads, const std::string& isa) {
   const KernelTable& table = table_named(isa);
-  fastfi::run_gram(table, {at<const void>(rows), is_double, batch, count, columns, at<double>(out)},
+  fastfi::run_gram(table,
+                   {at<const void>(rows), is_double, batch, count, columns, at<double>(out),
+                    at<const int64_t>(offsets), segments, offset_stride},
                    threads);
 }
 
@@ -57,6 +62,41 @@ void solve(int rule, std::uintptr_t gram, std::uintptr_t log_prob, std::uintptr_
   fastfi::run_solve(table, p, threads);
 }
 
+void windows(int rule, std::uintptr_t rows, bool is_double, const std::vector<int64_t>& shape,
+             int64_t classes, bool joint, const std::vector<int64_t>& radius,
+             const std::vector<int64_t>& slot, std::uintptr_t log_prob, std::uintptr_t label,
+             std::uintptr_t grad, std::uintptr_t tau, double tolerance, double row_tolerance,
+             double eps, std::uintptr_t fi, std::uintptr_t rank, int threads,
+             const std::string& isa) {
+  const KernelTable& table = table_named(isa);
+  fastfi::WindowProblem p;
+  p.rule = static_cast<fastfi::Rule>(rule);
+  p.objective = label ? 0 : grad ? 1 : 2;
+  p.rows = at<const void>(rows);
+  p.is_double = is_double;
+  p.samples = shape.at(0);
+  p.n = shape.at(1);
+  p.classes = classes;
+  p.channels = shape.at(2);
+  p.depth = shape.at(3);
+  p.height = shape.at(4);
+  p.width = shape.at(5);
+  p.joint = joint;
+  p.scales = static_cast<int64_t>(radius.size());
+  p.radius = radius.data();
+  p.slot = slot.data();
+  p.log_prob = at<const double>(log_prob);
+  p.label = at<const int64_t>(label);
+  p.grad = at<const double>(grad);
+  p.tau = at<const double>(tau);
+  p.tolerance = tolerance;
+  p.row_tolerance = row_tolerance;
+  p.eps = eps;
+  p.fi = at<double>(fi);
+  p.rank = at<int64_t>(rank);
+  fastfi::run_windows(table, p, threads);
+}
+
 py::list instruction_sets() {
   py::list names;
   for (const KernelTable* const* t = fastfi::runnable_tables(); *t; ++t) names.append((*t)->name);
@@ -69,5 +109,6 @@ PYBIND11_MODULE(_C, m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("gram", &gram, release());
   m.def("solve", &solve, release());
+  m.def("windows", &windows, release());
   m.def("instruction_sets", &instruction_sets, "Runnable on this CPU, the one in use first.");
 }

@@ -119,7 +119,8 @@ const KernelTable* const* runnable_tables() {
 }
 
 void run_gram(const KernelTable& table, const GramProblem& p, int threads) {
-  const double flops = static_cast<double>(p.count) * p.columns * std::min<int64_t>(p.count, 48);
+  const double columns = static_cast<double>(p.columns) / std::max<int64_t>(1, p.segments);
+  const double flops = p.count * columns * std::min<int64_t>(p.count, 48) + 50.0;
   spread(table.gram_units(p), table.gram_scratch(p), threads, grain_for(flops),
          [&](int64_t begin, int64_t end, double* s) { table.gram(p, begin, end, s); });
 }
@@ -129,6 +130,11 @@ void run_solve(const KernelTable& table, const SolveProblem& p, int threads) {
   const double flops = 10.0 * n * n * n + 100.0 * n;
   spread(table.solve_units(p), table.solve_scratch(p), threads, grain_for(flops),
          [&](int64_t begin, int64_t end, double* s) { table.solve(p, begin, end, s); });
+}
+
+void run_windows(const KernelTable& table, const WindowProblem& p, int threads) {
+  spread(table.window_units(p), table.window_scratch(p), threads, 1,
+         [&](int64_t begin, int64_t end, double* s) { table.windows(p, begin, end, s); });
 }
 
 }  // namespace fastfi

@@ -11,5 +11,6 @@ const KernelTable* const* runnable_tables();
 // Throws std::bad_alloc where a thread's scratch cannot be had, before any result is written.
 void run_gram(const KernelTable& table, const GramProblem& problem, int threads);
 void run_solve(const KernelTable& table, const SolveProblem& problem, int threads);
+void run_windows(const KernelTable& table, const WindowProblem& problem, int threads);
 
 }  // namespace fastfi

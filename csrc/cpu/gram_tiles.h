@@ -13,7 +13,7 @@ constexpr int64_t kBlockDoubles = 32768;  // a block of converted rows: 256 KiB
 inline int64_t gram_strips(const GramProblem& p) {
   return (p.count + kRowsPerUnit - 1) / kRowsPerUnit;
 }
-inline int64_t gram_units(const GramProblem& p) { return p.batch * gram_strips(p); }
+inline int64_t gram_units(const GramProblem& p) { return p.batch * p.segments * gram_strips(p); }
 
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -61,10 +61,10 @@ inline void tile_product(const double* a, const double* b, int64_t width, double
     for (int j = 0; j < kTile; ++j) sums[i * stride + j] += lane_sum(acc[i][j]);
 }
 
-// Rows [first, last) of one sample's Gram matrix against rows [0, last).
+// Rows [first, last) of one Gram matrix against rows [0, last); rows are `stride` apart.
 template <class T>
-void gram_strip(const T* rows, int64_t columns, int64_t count, int64_t first, int64_t last,
-                int64_t block, double* scratch, double* out) {
+void gram_strip(const T* rows, int64_t stride, int64_t columns, int64_t count, int64_t first,
+                int64_t last, int64_t block, double* scratch, double* out) {
   const int64_t height = padded(last, kTile);
   double* sums = scratch + padded(count, kTile) * block;  // [last - first, height]
   for (int64_t i = 0; i < padded(last - first, kTile) * height; ++i) sums[i] = 0.0;
@@ -72,7 +72,7 @@ void gram_strip(const T* rows, int64_t columns, int64_t count, int64_t first, in
     const int64_t n = columns - at < block ? columns - at : block;
     const int64_t width = padded(n, kLanes);
     for (int64_t i = 0; i < height; ++i)
-      convert_block(rows + i * columns + at, i < last ? n : 0, width, scratch + i * width);
+      convert_block(rows + i * stride + at, i < last ? n : 0, width, scratch + i * width);
     for (int64_t i = first; i < last; i += kTile)
       for (int64_t j = 0; j <= i; j += kTile)
         tile_product(scratch + i * width, scratch + j * width, width,
@@ -83,20 +83,27 @@ void gram_strip(const T* rows, int64_t columns, int64_t count, int64_t first, in
       out[i * count + j] = out[j * count + i] = sums[(i - first) * height + j];
 }
 
-// A unit is one strip of rows of one sample.
+// A unit is one strip of rows of one segment of one sample.
 inline void gram(const GramProblem& p, int64_t begin, int64_t end, double* scratch) {
   const int64_t strips = gram_strips(p), block = gram_block(p);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t sample = unit / strips, first = unit % strips * kRowsPerUnit;
+    const int64_t part = unit / strips, first = unit % strips * kRowsPerUnit;
+    const int64_t sample = part / p.segments, segment = part % p.segments;
     const int64_t last = first + kRowsPerUnit < p.count ? first + kRowsPerUnit : p.count;
-    double* out = p.out + sample * p.count * p.count;
-    const int64_t offset = sample * p.count * p.columns;
+    int64_t from = 0, to = p.columns;
+    if (p.offsets) {
+      const int64_t* bounds = p.offsets + sample * p.offset_stride + segment;
+      from = bounds[0];
+      to = bounds[1];
+    }
+    double* out = p.out + part * p.count * p.count;
+    const int64_t offset = sample * p.count * p.columns + from;
     if (p.is_double)
-      gram_strip(static_cast<const double*>(p.rows) + offset, p.columns, p.count, first, last,
-                 block, scratch, out);
+      gram_strip(static_cast<const double*>(p.rows) + offset, p.columns, to - from, p.count, first,
+                 last, block, scratch, out);
     else
-      gram_strip(static_cast<const float*>(p.rows) + offset, p.columns, p.count, first, last, block,
-                 scratch, out);
+      gram_strip(static_cast<const float*>(p.rows) + offset, p.columns, to - from, p.count, first,
+                 last, block, scratch, out);
   }
 }
 

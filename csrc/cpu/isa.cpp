@@ -1,6 +1,7 @@
 // Compiled once for each instruction set, with FASTFI_ISA naming the namespace (see setup.py).
 #include "gram_tiles.h"
 #include "solve_lanes.h"
+#include "windows.h"
 
 #define FASTFI_NAME_(x) #x
 #define FASTFI_NAME(x) FASTFI_NAME_(x)
@@ -13,7 +14,8 @@ extern const KernelTable FASTFI_JOIN(kTable_, FASTFI_ISA);
 const KernelTable FASTFI_JOIN(kTable_, FASTFI_ISA) = {
     FASTFI_NAME(FASTFI_ISA),   FASTFI_ISA::kLanes, FASTFI_ISA::gram_units,
     FASTFI_ISA::gram_scratch,  FASTFI_ISA::gram,   FASTFI_ISA::solve_units,
-    FASTFI_ISA::solve_scratch, FASTFI_ISA::solve,
+    FASTFI_ISA::solve_scratch, FASTFI_ISA::solve,  FASTFI_ISA::window_units,
+    FASTFI_ISA::window_tile_scratch, FASTFI_ISA::windows,
 };
 
 }  // namespace fastfi

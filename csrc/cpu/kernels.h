@@ -6,12 +6,16 @@
 
 namespace fastfi {
 
-// rows [batch, count, columns] -> out [batch, count, count].
+// rows [batch, count, columns] -> out [batch, segments, count, count]. Segment g of sample b holds
+// the columns from offsets[b * offset_stride + g] up to the next; without offsets there is one
+// segment, of all columns.
 struct GramProblem {
   const void* rows;
   bool is_double;  // else float
   int64_t batch, count, columns;
   double* out;
+  const int64_t* offsets = nullptr;
+  int64_t segments = 1, offset_stride = 0;
 };
 
 enum class Rule : int { kExact = 0, kTruncated = 1, kDamped = 2 };
@@ -34,6 +38,29 @@ struct SolveProblem {
   int64_t* rank;
 };
 
+// rows [samples, n, channels, depth, height, width] -> fi and rank [samples, scales, channels, depth,
+// height, width], or without the channels where they are joint. Scale s has the windows of 2 *
+// radius[s] + 1 pixels along each side, clipped at the border; radius increases, and slot[s] is the
+// scale's place in the output. The rest as in SolveProblem; rank may be null.
+struct WindowProblem {
+  Rule rule;
+  int objective;
+  const void* rows;
+  bool is_double;
+  int64_t samples, n, classes, channels, depth, height, width;
+  bool joint;
+  int64_t scales;
+  const int64_t* radius;
+  const int64_t* slot;
+  const double* log_prob;
+  const int64_t* label;
+  const double* grad;
+  const double* tau;
+  double tolerance, row_tolerance, eps;
+  double* fi;
+  int64_t* rank;
+};
+
 // Work is counted in units that any thread may take: [begin, end) of units(problem).
 struct KernelTable {
   const char* name;
@@ -44,6 +71,9 @@ struct KernelTable {
   int64_t (*solve_units)(const SolveProblem&);
   int64_t (*solve_scratch)(const SolveProblem&);  // doubles, each thread
   void (*solve)(const SolveProblem&, int64_t begin, int64_t end, double* scratch);
+  int64_t (*window_units)(const WindowProblem&);
+  int64_t (*window_scratch)(const WindowProblem&);  // doubles, each thread
+  void (*windows)(const WindowProblem&, int64_t begin, int64_t end, double* scratch);
 };
 
 }  // namespace fastfi

@@ -20,6 +20,25 @@ FASTFI_HD int64_t exact_scratch(int64_t n, int64_t classes) {
   return 2 * r * n + r * r + 6 * r + 2 * classes + weighted_pivots_scratch(r);
 }
 
+// FI at full rank, where G's range holds every contrast: sum_k g_k^2 / P_k, for objectives in terms
+// of the classes. sqrt_p [classes].
+template <class V>
+FASTFI_HD V full_rank_influence(const V* sqrt_p, int64_t classes, Index<V> label, const V* grad,
+                                Objective kind) {
+  V fi = V{};
+  if (kind == Objective::kCrossEntropy) {
+    for (int64_t k = 0; k < classes; ++k) fi += select(label == k, V{}, sqrt_p[k] * sqrt_p[k]);
+    const V inv_y = over_weight(V{} + 1.0, gather(sqrt_p, label));
+    fi = fi * inv_y * inv_y;
+  } else if (kind == Objective::kGradient) {
+    for (int64_t k = 0; k < classes; ++k) {
+      const V term = over_weight(grad[k], sqrt_p[k]);
+      fi += term * term;
+    }
+  }
+  return fi;
+}
+
 // gram [n, n]; log_prob [r + 1]; label (a position among the classes) or grad [r + 1], by kind; n
 // is r, or r + 1 where the last row is h. tolerance: relative residual (a square) of the Gram
 // matrix under which a row counts as dependent; row_tolerance: the square of the rows' own relative
@@ -50,19 +69,8 @@ FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, con
       pivoted_cholesky<V, NS>(gram, n, r, tolerance, coordinates, residual, &largest, &smallest);
   for (int64_t k = 0; k < r; ++k) present += select(log_prob[k + 1] > -1e300, V{} + 1.0, V{});
 
-  // Full rank: G's range holds every contrast, and FI = sum_k g_k^2 / P_k needs no row at all.
   const Mask<V> full = dimension >= present;
-  V closed = V{};
-  if (kind == Objective::kCrossEntropy) {
-    for (int64_t k = 0; k < classes; ++k) closed += select(label == k, V{}, sqrt_p[k] * sqrt_p[k]);
-    const V inv_y = over_weight(V{} + 1.0, gather(sqrt_p, label));
-    closed = closed * inv_y * inv_y;
-  } else if (kind == Objective::kGradient) {
-    for (int64_t k = 0; k < classes; ++k) {
-      const V term = over_weight(grad[k], sqrt_p[k]);
-      closed += term * term;
-    }
-  }
+  const V closed = full_rank_influence(sqrt_p, classes, label, grad, kind);
   *fi_out = closed;
   *rank_out = dimension;
   const bool closes = kind != Objective::kRow;

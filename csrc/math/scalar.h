@@ -29,6 +29,9 @@ FASTFI_HD double select(bool m, double a, double b) { return m ? a : b; }
 FASTFI_HD int64_t select(bool m, int64_t a, int64_t b) { return m ? a : b; }
 FASTFI_HD bool any(bool m) { return m; }
 FASTFI_HD double sqrt_of(double x) { return sqrt(x); }
+FASTFI_HD double inv_sqrt_of(double x) { return 1.0 / sqrt(x); }
+FASTFI_HD double abs_of(double x) { return fabs(x); }
+FASTFI_HD bool negate(bool m) { return !m; }
 FASTFI_HD double exp_of(double x) { return exp(x); }
 FASTFI_HD double gather(const double* base, int64_t at) { return base[at]; }
 FASTFI_HD double to_value(int64_t i) { return static_cast<double>(i); }

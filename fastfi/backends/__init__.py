@@ -14,8 +14,7 @@ _REFERENCE = {**vars(reference), **vars(reference_windows)}
 for _name in OP_NAMES:
     # The reference serves every device that has no kernel of its own.
     torch.library.impl(f"fastfi::{_name}", "default")(_REFERENCE[_name])
-    if hasattr(cpu, _name):
-        torch.library.register_kernel(f"fastfi::{_name}", "cpu", getattr(cpu, _name))
+    torch.library.register_kernel(f"fastfi::{_name}", "cpu", getattr(cpu, _name))
 
 
 def backends() -> dict[str, dict[str, str]]:

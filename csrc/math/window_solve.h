@@ -1,0 +1,75 @@
+// Solves of windows from packed sums: entry (i, j <= i) of a symmetric matrix at i (i + 1) / 2 + j.
+#pragma once
+
+#include "linalg.h"
+
+FASTFI_BEGIN
+
+FASTFI_HD int64_t packed(int64_t i, int64_t j) { return i * (i + 1) / 2 + j; }
+FASTFI_HD int64_t packed_size(int64_t n) { return n * (n + 1) / 2; }
+
+// Column j of L D L^T: rows j + 1 .. rows - 1 of `a` lose what pivot j explains. Columns from
+// `columns` on are left alone.
+template <class V>
+FASTFI_HD void eliminate(V* a, int64_t j, int64_t rows, int64_t columns, V inv) {
+  for (int64_t i = j + 1; i < rows; ++i) {
+    const V l = a[packed(i, j)] * inv;
+    const int64_t last = i < columns ? i : columns - 1;
+    V* ai = a + packed(i, 0);
+#ifdef __GNUC__
+#pragma GCC unroll 16
+#endif
+    for (int64_t k = j + 1; k <= last; ++k) ai[k] -= l * a[packed(k, j)];
+  }
+}
+
+// Which matrices N [r, r] have no eigenvalue below `tolerance * max diag N`: by pivots of N minus
+// twice as much of the identity. Pivoted Cholesky then finds full rank, because each of its
+// residuals is at least the smallest eigenvalue. Overwrites a.
+template <class V, int NS>
+FASTFI_HD Mask<V> surely_full_rank(V* a, int64_t r_, double tolerance) {
+  const int64_t r = NS > 0 ? NS : r_;
+  V largest = V{};
+  for (int64_t i = 0; i < r; ++i) {
+    const V x = a[packed(i, i)];
+    largest = select(x > largest, x, largest);
+  }
+  for (int64_t i = 0; i < r; ++i) a[packed(i, i)] -= 2.0 * tolerance * largest;
+  Mask<V> sure = largest > 0.0;
+  for (int64_t j = 0; j < r; ++j) {
+    const V pivot = a[packed(j, j)];
+    sure = sure & (pivot > 0.0);
+    if (!any(sure)) break;
+    eliminate(a, j, r, r, 1.0 / select(pivot > 0.0, pivot, V{} + 1.0));
+  }
+  return sure;
+}
+
+// FI_tau of windows whose sums of (q, h)(q, h)^T are in a [r + 1 rows], with room for one row more;
+// u [r], or nullptr: then h is not a combination of the classes, and FI_tau = (h.h - c^T (M + tau
+// I)^-1 c) / tau, c = sum q h. tau > 0. Overwrites a.
+template <class V, int NS>
+FASTFI_HD V damped_window(V* a, int64_t r_, const double* u, double tau) {
+  const int64_t r = NS > 0 ? NS : r_;
+  const int64_t rows = u ? r + 2 : r + 1;
+  V* c = a + packed(r, 0);
+  V* right = u ? a + packed(r + 1, 0) : c;
+  const V square = c[r];
+  for (int64_t i = 0; i < r; ++i) {
+    a[packed(i, i)] += tau;
+    if (u) right[i] = V{} + u[i];
+  }
+  V fi = V{};
+  for (int64_t j = 0; j < r; ++j) {
+    const V pivot = a[packed(j, j)];
+    // A pivot that rounding made non-positive contributes nothing.
+    const Mask<V> positive = pivot > 0.0;
+    const V inv = select(positive, 1.0 / select(positive, pivot, V{} + 1.0), V{});
+    fi += right[j] * c[j] * inv;
+    eliminate(a, j, rows, r, inv);
+  }
+  if (!u) fi = (square - fi) / tau;
+  return select(fi > 0.0, fi, V{});
+}
+
+FASTFI_END
