@@ -2,7 +2,7 @@
 // scale, then along the lines. Additions only: nothing is subtracted again, so nothing cancels.
 #pragma once
 
-#include "../math/lanes.h"
+#include "../math/pair.h"
 #include "../math/window_metric.h"
 #include "../math/window_solve.h"
 #include "gram_tiles.h"
@@ -44,10 +44,10 @@ inline int64_t vector_length(const WindowProblem& p) {
 
 // Columns of output of a tile: as many as keep the sums in the second-level cache.
 inline int64_t tile_width(const WindowProblem& p) {
-  const int64_t rx = clipped(p, p.width), all = padded(p.width, kLanes);
+  const int64_t rx = clipped(p, p.width), all = padded(p.width, 2 * kLanes);
   int64_t width = kSumsDoubles / packed_size(vector_length(p)) - 2 * rx;
-  width = most(least(width, 128), most(2 * rx, kLanes));  // the border is summed again by neighbours
-  return least(padded(width, kLanes), all);
+  width = most(least(width, 128), most(2 * rx, 2 * kLanes));  // the border is summed again by neighbours
+  return least(padded(width, 2 * kLanes), all);
 }
 inline int64_t tile_stride(const WindowProblem& p) {
   return padded(tile_width(p) + 2 * clipped(p, p.width), kLanes);
@@ -116,6 +116,22 @@ inline void copy_row(const WindowProblem& p, const WindowTile& t, int64_t row, i
     copy_line(static_cast<const float*>(p.rows) + at, p.width, t.x - t.rx, count, to);
 }
 
+// kLanes neighbouring numbers of a line from column x on, zeros outside the image.
+template <class T>
+VecD load_inside(const T* line, int64_t width, int64_t x) {
+  VecD v = VecD{};
+  if (x >= 0 && x + kLanes <= width)
+    for (int l = 0; l < kLanes; ++l) v[l] = static_cast<double>(line[x + l]);
+  else
+    for (int l = 0; l < kLanes; ++l)
+      if (x + l >= 0 && x + l < width) v[l] = static_cast<double>(line[x + l]);
+  return v;
+}
+inline VecD load_row(const WindowProblem& p, int64_t offset, int64_t x) {
+  return p.is_double ? load_inside(static_cast<const double*>(p.rows) + offset, p.width, x)
+                     : load_inside(static_cast<const float*>(p.rows) + offset, p.width, x);
+}
+
 // d [r] of every pixel of a line becomes q, and h is put behind it: vectors [r + 1, stride].
 inline void to_metric(const WindowMetric& metric, bool own_row, int64_t stride, double* line) {
   const int64_t r = metric.r;
@@ -162,13 +178,22 @@ inline void add_lines(const double* const* line, int64_t count, int64_t m, int64
     for (int64_t i = 0; i < packed_size(m) * stride; ++i) sums[i] = 0.0;
 }
 
-// Sums of kLanes neighbouring windows of 2 r + 1 columns, from column x on: out [entries].
-inline void add_columns(const double* sums, int64_t entries, int64_t stride, int64_t x,
-                        int64_t radius, VecD* out) {
+template <class V>
+V load_lanes(const double* from) {
+  if constexpr (Traits<V>::kLanes == kLanes)
+    return load(from);
+  else
+    return {load(from), load(from + kLanes)};
+}
+
+// Sums of neighbouring windows of 2 radius + 1 columns, the first from column x on: out [entries].
+template <class V>
+void add_columns(const double* sums, int64_t entries, int64_t stride, int64_t x, int64_t radius,
+                 V* out) {
   for (int64_t e = 0; e < entries; ++e) {
     const double* from = sums + e * stride + x;
-    VecD total = load(from);
-    for (int64_t i = 1; i <= 2 * radius; ++i) total += load(from + i);
+    V total = load_lanes<V>(from);
+    for (int64_t i = 1; i <= 2 * radius; ++i) total += load_lanes<V>(from + i);
     out[e] = total;
   }
 }

@@ -14,12 +14,6 @@
 
 FASTFI_BEGIN
 
-// Doubles of scratch, in units of V.
-FASTFI_HD int64_t exact_scratch(int64_t n, int64_t classes) {
-  const int64_t r = classes - 1;
-  return 2 * r * n + r * r + 6 * r + 2 * classes + weighted_pivots_scratch(r);
-}
-
 // FI at full rank, where G's range holds every contrast: sum_k g_k^2 / P_k, for objectives in terms
 // of the classes. sqrt_p [classes].
 template <class V>
@@ -39,56 +33,46 @@ FASTFI_HD V full_rank_influence(const V* sqrt_p, int64_t classes, Index<V> label
   return fi;
 }
 
-// gram [n, n]; log_prob [r + 1]; label (a position among the classes) or grad [r + 1], by kind; n
-// is r, or r + 1 where the last row is h. tolerance: relative residual (a square) of the Gram
-// matrix under which a row counts as dependent; row_tolerance: the square of the rows' own relative
-// error. NS > 0 fixes r at compile time, and n = r.
-template <class V, int NS>
-FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, const V* grad,
-                           Objective kind, int64_t n_, int64_t r_, double tolerance,
-                           double row_tolerance, V* scratch, V* fi_out, V* rank_out) {
-  const int64_t r = NS > 0 ? NS : r_;
-  const int64_t n = NS > 0 ? NS : n_;
-  const int64_t classes = r + 1;
-  V* sqrt_p = scratch;
-  V* weight2 = sqrt_p + classes;
-  V* residual = weight2 + classes;
-  V* inv_pivot = residual + r;
-  V* mean = inv_pivot + r;
-  V* target = mean + r;
-  V* inv_sqrt_pivot = target + r;
-  Index<V>* pivot = reinterpret_cast<Index<V>*>(inv_sqrt_pivot + r);
-  V* coordinates = reinterpret_cast<V*>(pivot + r);
-  V* factor = coordinates + r * n;
-  V* metric = factor + r * n;
-  V* work = metric + r * r;
+// Doubles of scratch, in units of V, for d coordinates.
+FASTFI_HD int64_t exact_coordinates_scratch(int64_t d, int64_t n, int64_t r) {
+  return d * n + d * d + 5 * d + weighted_pivots_scratch(d, r);
+}
 
-  class_weights(log_prob, classes, sqrt_p);
-  V largest, smallest, present = V{};
-  const V dimension =
-      pivoted_cholesky<V, NS>(gram, n, r, tolerance, coordinates, residual, &largest, &smallest);
-  for (int64_t k = 0; k < r; ++k) present += select(log_prob[k + 1] > -1e300, V{} + 1.0, V{});
+// The coordinates of the rows in an orthonormal basis, as pivoted_cholesky() leaves them.
+template <class V>
+struct Coordinates {
+  V* factor;    // [d, n], overwritten
+  V dimension;  // of the rows' span
+  V largest;    // squared length of a row
+  V smallest;   // squared length of what the last pivot added
+};
 
-  const Mask<V> full = dimension >= present;
-  const V closed = full_rank_influence(sqrt_p, classes, label, grad, kind);
-  *fi_out = closed;
-  *rank_out = dimension;
-  const bool closes = kind != Objective::kRow;
-  if (closes && !any(dimension < present)) return;
+// FI and rank of contrasts that do not span K - 1 dimensions. sqrt_p [classes], weight2 [r]:
+// base-2 logarithms of P. d: the largest dimension of any lane, and the number of factor's rows.
+template <class V>
+FASTFI_HD void solve_coordinates(const Coordinates<V>& c, const V* sqrt_p, const V* weight2,
+                                 Index<V> label, const V* grad, Objective kind, int64_t n,
+                                 int64_t r, int64_t d, double row_tolerance, V* scratch, V* fi_out,
+                                 V* rank_out) {
+  V* inv_pivot = scratch;
+  V* mean = inv_pivot + d;
+  V* target = mean + d;
+  V* inv_sqrt_pivot = target + d;
+  Index<V>* pivot = reinterpret_cast<Index<V>*>(inv_sqrt_pivot + d);
+  V* factor = reinterpret_cast<V*>(pivot + d);
+  V* metric = factor + d * n;
+  V* work = metric + d * d;
 
-  int64_t d = r;  // dimensions of the lane that has most
-  while (d > 0 && !any(dimension > static_cast<double>(d - 1))) --d;
-  for (int64_t k = 0; k < r; ++k) weight2[k] = log_prob[k + 1] * 1.4426950408889634;
   // What a dependent row keeps in its coordinates: the rows' own rounding, or the Gram matrix's,
   // magnified by the smallest pivot.
-  const double noise = 64.0 * 2.220446049250313e-16 * static_cast<double>(classes);
-  const V own = largest * row_tolerance;
+  const double noise = 64.0 * 2.220446049250313e-16 * static_cast<double>(r + 1);
+  const V own = c.largest * row_tolerance;
   const V carried =
-      largest * (noise * noise) * (largest / select(smallest > 0.0, smallest, V{} + 1.0));
+      c.largest * (noise * noise) * (c.largest / select(c.smallest > 0.0, c.smallest, V{} + 1.0));
   const V cut = select(carried > own, carried, own);
   const V rank =
-      weighted_pivots(coordinates, weight2, d, n, r, cut, factor, inv_pivot, pivot, work);
-  *rank_out = select(full, dimension, rank);
+      weighted_pivots(c.factor, weight2, d, n, r, cut, factor, inv_pivot, pivot, work);
+  *rank_out = rank;
   int64_t steps = d;
   while (steps > 0 && !any(rank > static_cast<double>(steps - 1))) --steps;
   for (int64_t i = 0; i < steps; ++i)
@@ -124,16 +108,59 @@ FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, con
     if (kind == Objective::kCrossEntropy) target[i] -= mean[i];
   }
   for (int64_t i = 0; i < steps; ++i) {
-    for (int64_t j = 0; j <= i; ++j) metric[i * r + j] = dot(factor + i * n, factor + j * n, r);
+    for (int64_t j = 0; j <= i; ++j) metric[i * d + j] = dot(factor + i * n, factor + j * n, r);
     const Mask<V> unused = rank <= static_cast<double>(i);
-    metric[i * r + i] = select(unused, V{} + 1.0, metric[i * r + i]);
+    metric[i * d + i] = select(unused, V{} + 1.0, metric[i * d + i]);
   }
-  cholesky(metric, steps, r);
-  forward_substitute(metric, steps, r, mean);
-  forward_substitute(metric, steps, r, target);
+  cholesky(metric, steps, d);
+  forward_substitute(metric, steps, d, mean);
+  forward_substitute(metric, steps, d, target);
   const V dv = dot(target, mean, steps);
-  const V fi = dot(target, target, steps) + dv * dv / (1.0 - dot(mean, mean, steps));
+  *fi_out = dot(target, target, steps) + dv * dv / (1.0 - dot(mean, mean, steps));
+}
+
+FASTFI_HD int64_t exact_scratch(int64_t n, int64_t classes) {
+  const int64_t r = classes - 1;
+  return r * n + 2 * r + classes + exact_coordinates_scratch(r, n, r);
+}
+
+// gram [n, n]; log_prob [r + 1]; label (a position among the classes) or grad [r + 1], by kind; n
+// is r, or r + 1 where the last row is h. tolerance: relative residual (a square) of the Gram
+// matrix under which a row counts as dependent; row_tolerance: the square of the rows' own relative
+// error. NS > 0 fixes r at compile time, and n = r.
+template <class V, int NS>
+FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, const V* grad,
+                           Objective kind, int64_t n_, int64_t r_, double tolerance,
+                           double row_tolerance, V* scratch, V* fi_out, V* rank_out) {
+  const int64_t r = NS > 0 ? NS : r_;
+  const int64_t n = NS > 0 ? NS : n_;
+  const int64_t classes = r + 1;
+  V* sqrt_p = scratch;
+  V* weight2 = sqrt_p + classes;
+  V* residual = weight2 + r;
+  Coordinates<V> c;
+  c.factor = residual + r;
+  V* rest = c.factor + r * n;
+
+  class_weights(log_prob, classes, sqrt_p);
+  V present = V{};
+  c.dimension =
+      pivoted_cholesky<V, NS>(gram, n, r, tolerance, c.factor, residual, &c.largest, &c.smallest);
+  for (int64_t k = 0; k < r; ++k) present += select(log_prob[k + 1] > -1e300, V{} + 1.0, V{});
+  const Mask<V> full = c.dimension >= present;
+  const V closed = full_rank_influence(sqrt_p, classes, label, grad, kind);
+  *fi_out = closed;
+  *rank_out = c.dimension;
+  const bool closes = kind != Objective::kRow;
+  if (closes && !any(c.dimension < present)) return;
+
+  int64_t d = r;  // dimensions of the lane that has most
+  while (d > 0 && !any(c.dimension > static_cast<double>(d - 1))) --d;
+  for (int64_t k = 0; k < r; ++k) weight2[k] = log_prob[k + 1] * 1.4426950408889634;
+  V fi, rank;
+  solve_coordinates(c, sqrt_p, weight2, label, grad, kind, n, r, d, row_tolerance, rest, &fi, &rank);
   *fi_out = closes ? select(full, closed, fi) : fi;
+  *rank_out = select(full, c.dimension, rank);
 }
 
 FASTFI_END

@@ -12,9 +12,12 @@
 
 FASTFI_BEGIN
 
+FASTFI_HD int64_t truncated_factor_scratch(int64_t d, int64_t classes) {
+  return d * classes + 2 * d + classes;
+}
 FASTFI_HD int64_t truncated_scratch(int64_t n, int64_t classes) {
   const int64_t r = classes - 1;
-  return r * n + r * classes + 3 * r + 2 * classes;
+  return r * n + r + classes + truncated_factor_scratch(r, classes);
 }
 
 // One rotation of rows a, b (squared norms na, nb) that makes them orthogonal; ha, hb turn along.
@@ -46,29 +49,18 @@ FASTFI_HD bool jacobi_rotate(V* a, V* b, int64_t n, double tolerance, V* na, V* 
   return true;
 }
 
-// Arguments as in solve_exact; eps > 0. rank_out counts the singular values above eps.
-template <class V, int NS>
-FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label, const V* grad,
-                               Objective kind, int64_t n_, int64_t r_, double tolerance, double eps,
-                               V* scratch, V* fi_out, V* rank_out) {
-  const int64_t r = NS > 0 ? NS : r_;
-  const int64_t n = NS > 0 ? NS : n_;
+// FI and the number of singular values above eps from the rows' coordinates in an orthonormal
+// basis: factor [most_rows, n], zero in rows from `steps` on. sqrt_p [r + 1].
+template <class V>
+FASTFI_HD void solve_factor(const V* factor, const V* sqrt_p, Index<V> label, const V* grad,
+                            Objective kind, int64_t n, int64_t r, int64_t most_rows, int64_t steps,
+                            double eps, V* scratch, V* fi_out, V* rank_out) {
   const int64_t classes = r + 1;
-  V* sqrt_p = scratch;
-  V* weight = sqrt_p + classes;
-  V* residual = weight + classes;
-  V* h = residual + r;
-  V* norm = h + r;
-  V* factor = norm + r;
-  V* a = factor + r * n;
-
-  class_weights(log_prob, classes, sqrt_p);
+  V* weight = scratch;
+  V* h = weight + classes;
+  V* norm = h + most_rows;
+  V* a = norm + most_rows;
   for (int64_t k = 0; k < classes; ++k) weight[k] = sqrt_p[k] * sqrt_p[k] / (sqrt_p[k] + eps);
-  V largest, smallest;
-  const V rank =
-      pivoted_cholesky<V, NS>(gram, n, r, tolerance, factor, residual, &largest, &smallest);
-  int64_t steps = r;
-  while (steps > 0 && !any(rank > static_cast<double>(steps - 1))) --steps;
 
   const V p_y = kind == Objective::kCrossEntropy ? gather(sqrt_p, label) : V{};
   const V of_label = p_y * p_y / (p_y * p_y + eps);
@@ -94,8 +86,8 @@ FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label,
     for (int64_t i = 0; i < steps; ++i) norm[i] = dot(a + i * classes, a + i * classes, classes);
     // Round robin: the pairs of a round share no row, so that their rotations overlap in the
     // pipeline. With an odd number of rows one of them has no partner in each round. The order is
-    // that of all r rows, whatever the rank: other lanes must not change this one's.
-    const int64_t players = r + (r & 1);
+    // that of most_rows, whatever the rank: other lanes must not change this one's.
+    const int64_t players = most_rows + (most_rows & 1);
     bool turned = false;
     for (int64_t round = 0; round + 1 < players; ++round)
       for (int64_t pair = 0; 2 * pair < players; ++pair) {
@@ -118,6 +110,27 @@ FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label,
   }
   *fi_out = fi;
   *rank_out = kept;
+}
+
+// Arguments as in solve_exact; eps > 0. rank_out counts the singular values above eps.
+template <class V, int NS>
+FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label, const V* grad,
+                               Objective kind, int64_t n_, int64_t r_, double tolerance, double eps,
+                               V* scratch, V* fi_out, V* rank_out) {
+  const int64_t r = NS > 0 ? NS : r_;
+  const int64_t n = NS > 0 ? NS : n_;
+  const int64_t classes = r + 1;
+  V* sqrt_p = scratch;
+  V* residual = sqrt_p + classes;
+  V* factor = residual + r;
+  class_weights(log_prob, classes, sqrt_p);
+  V largest, smallest;
+  const V rank =
+      pivoted_cholesky<V, NS>(gram, n, r, tolerance, factor, residual, &largest, &smallest);
+  int64_t steps = r;
+  while (steps > 0 && !any(rank > static_cast<double>(steps - 1))) --steps;
+  solve_factor(factor, sqrt_p, label, grad, kind, n, r, r, steps, eps, factor + r * n, fi_out,
+               rank_out);
 }
 
 FASTFI_END

@@ -11,7 +11,7 @@
 
 FASTFI_BEGIN
 
-FASTFI_HD int64_t weighted_pivots_scratch(int64_t r) { return r * r + 3 * r; }
+FASTFI_HD int64_t weighted_pivots_scratch(int64_t d, int64_t r) { return d * d + d + 2 * r; }
 
 // left [d, n]: coordinate i of row k at i * n + k; overwritten. weight2 [r]: base-2 logarithms of
 // the weights, -infinity excludes a row; rows r..n-1 are carried along. cut: residual (a squared

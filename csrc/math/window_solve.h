@@ -45,19 +45,24 @@ FASTFI_HD Mask<V> surely_full_rank(V* a, int64_t r_, double tolerance) {
   return sure;
 }
 
-// FI_tau of windows whose sums of (q, h)(q, h)^T are in a [r + 1 rows], with room for one row more;
-// u [r], or nullptr: then h is not a combination of the classes, and FI_tau = (h.h - c^T (M + tau
-// I)^-1 c) / tau, c = sum q h. tau > 0. Overwrites a.
+// Three ways to FI_tau from a window's sums: u^T (M + tau I)^-1 c where h = Q^T u and c = M u;
+// (h.h - c^T (M + tau I)^-1 c) / tau where h is no combination of the classes, c = Q h; and
+// c^T (M + tau I)^-1 c where M is the metric of the pixels themselves and c is h.
+enum class DampedForm { kClasses, kRow, kPixels };
+
+// a: M in rows 0..r-1, c and (kRow) h.h in row r, and room for one row more; overwritten. u [r],
+// for kClasses. tau > 0.
 template <class V, int NS>
-FASTFI_HD V damped_window(V* a, int64_t r_, const double* u, double tau) {
+FASTFI_HD V damped_window(V* a, int64_t r_, DampedForm form, const double* u, double tau) {
   const int64_t r = NS > 0 ? NS : r_;
-  const int64_t rows = u ? r + 2 : r + 1;
+  const bool own = form == DampedForm::kClasses;
+  const int64_t rows = own ? r + 2 : r + 1;
   V* c = a + packed(r, 0);
-  V* right = u ? a + packed(r + 1, 0) : c;
+  V* right = own ? a + packed(r + 1, 0) : c;
   const V square = c[r];
   for (int64_t i = 0; i < r; ++i) {
     a[packed(i, i)] += tau;
-    if (u) right[i] = V{} + u[i];
+    if (own) right[i] = V{} + u[i];
   }
   V fi = V{};
   for (int64_t j = 0; j < r; ++j) {
@@ -68,7 +73,7 @@ FASTFI_HD V damped_window(V* a, int64_t r_, const double* u, double tau) {
     fi += right[j] * c[j] * inv;
     eliminate(a, j, rows, r, inv);
   }
-  if (!u) fi = (square - fi) / tau;
+  if (form == DampedForm::kRow) fi = (square - fi) / tau;
   return select(fi > 0.0, fi, V{});
 }
 
