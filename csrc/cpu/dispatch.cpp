@@ -78,9 +78,9 @@ struct Shared {
 
 // Calls work(begin, end, scratch) over all units. Threads take chunks of units from a counter, so
 // that a slow core does not hold up the others; results do not depend on who takes what. Threads
-// end with the call or soon after, so that a fork breaks nothing; the caller waits only for those that
-// took part: after a parallel region, torch's own threads may spin on the other cores for longer
-// than the whole call takes.
+// end with the call or soon after, so that a fork breaks nothing; the caller waits only for those
+// that took part: after a parallel region, torch's own threads may spin on the other cores for
+// longer than the whole call takes.
 void spread(int64_t units, int64_t scratch_doubles, int threads, int64_t grain, Work work) {
   if (units == 0) return;
   const int64_t useful = (units + grain - 1) / grain;

@@ -12,9 +12,9 @@ namespace fastfi {
 
 extern const KernelTable FASTFI_JOIN(kTable_, FASTFI_ISA);
 const KernelTable FASTFI_JOIN(kTable_, FASTFI_ISA) = {
-    FASTFI_NAME(FASTFI_ISA),   FASTFI_ISA::kLanes, FASTFI_ISA::gram_units,
-    FASTFI_ISA::gram_scratch,  FASTFI_ISA::gram,   FASTFI_ISA::solve_units,
-    FASTFI_ISA::solve_scratch, FASTFI_ISA::solve,  FASTFI_ISA::window_units,
+    FASTFI_NAME(FASTFI_ISA),         FASTFI_ISA::kLanes,  FASTFI_ISA::gram_units,
+    FASTFI_ISA::gram_scratch,        FASTFI_ISA::gram,    FASTFI_ISA::solve_units,
+    FASTFI_ISA::solve_scratch,       FASTFI_ISA::solve,   FASTFI_ISA::window_units,
     FASTFI_ISA::window_tile_scratch, FASTFI_ISA::windows,
 };
 

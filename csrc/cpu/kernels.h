@@ -38,10 +38,10 @@ struct SolveProblem {
   int64_t* rank;
 };
 
-// rows [samples, n, channels, depth, height, width] -> fi and rank [samples, scales, channels, depth,
-// height, width], or without the channels where they are joint. Scale s has the windows of 2 *
-// radius[s] + 1 pixels along each side, clipped at the border; radius increases, and slot[s] is the
-// scale's place in the output. The rest as in SolveProblem; rank may be null.
+// rows [samples, n, channels, depth, height, width] -> fi and rank [samples, scales, channels,
+// depth, height, width], or without the channels where they are joint. Scale s has the windows of 2
+// * radius[s] + 1 pixels along each side, clipped at the border; radius increases, and slot[s] is
+// the scale's place in the output. The rest as in SolveProblem; rank may be null.
 struct WindowProblem {
   Rule rule;
   int objective;

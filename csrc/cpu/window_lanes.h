@@ -4,12 +4,10 @@
 // from sums of outer products; one with fewer in the space of its pixels, whose matrix is smaller.
 #pragma once
 
-// Before the formulas: templates find only the overloads for vectors that were declared before.
-#include "window_tiles.h"
-
 #include "../math/exact.h"
 #include "../math/spectral.h"
 #include "../math/truncated.h"
+#include "window_tiles.h"
 
 FASTFI_BEGIN
 
@@ -27,6 +25,11 @@ struct WindowWork {
   Pair* matrix;           // packed
   VecD* scratch;
   double closed;  // kExact at full rank
+  // kExact: windows that wait for a full solve, packed sums [3 kLanes, entries] and their place in
+  // the output.
+  double* waiting;
+  int64_t* place;
+  int64_t count;
 };
 
 // The windows of one group of pixels.
@@ -55,13 +58,13 @@ inline int64_t matrix_size(const WindowProblem& p) {
   const int64_t pixels = packed_size(most_pixel_space(p) + 2);
   // Samples with absent classes may have fewer contrasts than there are pixels.
   const int64_t classes = packed_size(least(p.classes, most_pixels(p) + 2) + 2);
-  return most(pixels, classes);
+  return most(pixels, 2 * classes);
 }
 
 inline int64_t window_solve_scratch(const WindowProblem& p) {
   const int64_t n = p.n, r = p.classes - 1, d = most_pixel_space(p), c = least(r, most_pixels(p));
-  const int64_t exact_pixels = 2 * d * n + 2 * d + r + weighted_pivots_scratch(d, r) +
-                               exact_coordinates_scratch(d, n, r);
+  const int64_t exact_pixels =
+      2 * d * n + 2 * d + r + weighted_pivots_scratch(d, r) + exact_coordinates_scratch(d, n, r);
   const int64_t exact_classes = (c + 1) * (c + 1) + exact_scratch(c + 1, c + 1);
   const int64_t truncated_pixels =
       2 * d * (r + 1) + d * n + truncated_factor_scratch(d, r + 1) + 2 * spectral_scratch(d);
@@ -134,30 +137,65 @@ inline Solved<VecD> exact_from_pixels(const WindowProblem& p, const WindowTile& 
     c.smallest = select(live & (square < c.smallest), square, c.smallest);
   }
   Solved<VecD> s;
-  solve_coordinates(c, w.sqrt_p, w.weight2, label_of(p, t), w.grad, kind, n, r, d,
-                    p.row_tolerance, rest, &s.fi, &s.rank);
+  solve_coordinates(c, w.sqrt_p, w.weight2, label_of(p, t), w.grad, kind, n, r, d, p.row_tolerance,
+                    rest, &s.fi, &s.rank);
   return s;
 }
 
-// kExact from the sums, for windows that are not surely of full rank.
+// kExact: windows that are not surely of full rank wait until there are enough of them for all
+// lanes. Takes `wanted` lanes of the group's sums; `place` is the first lane's in the output.
+inline void wait_for_solve(const WindowProblem& p, WindowWork& w, const WindowGroup& g,
+                           int64_t column, int64_t n, int64_t place, PairMask wanted) {
+  const int64_t entries = packed_size(n);
+  add_columns(w.sums, entries, tile_stride(p), column, g.across, w.matrix);
+  const double* lanes = reinterpret_cast<const double*>(w.matrix);
+  const VecI masks[2] = {wanted.lo, wanted.hi};
+  const int64_t* flags = reinterpret_cast<const int64_t*>(masks);
+  for (int64_t l = 0; l < 2 * kLanes; ++l) {
+    if (flags[l] == 0) continue;
+    double* to = w.waiting + w.count * entries;
+    for (int64_t e = 0; e < entries; ++e) to[e] = lanes[e * 2 * kLanes + l];
+    w.place[w.count++] = place + l;
+  }
+}
+
+// kExact of the Gram matrices [n, n] in w.scratch. (GCC 12 fails on this code inlined.)
 template <int NS>
-Solved<VecD> exact_from_sums(const WindowProblem& p, const WindowTile& t, WindowWork& w,
-                             const WindowGroup& g, int64_t column) {
+__attribute__((noinline)) Solved<VecD> solve_square(const WindowProblem& p, const WindowTile& t,
+                                                    WindowWork& w, int64_t n) {
   const Objective kind = static_cast<Objective>(p.objective);
-  const int64_t r = w.metric.r, n = r + (kind == Objective::kRow);
-  VecD* sums = reinterpret_cast<VecD*>(w.matrix);
   VecD* square = w.scratch;
-  add_columns(w.sums, packed_size(n), tile_stride(p), column, g.across, sums);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j <= i; ++j) square[i * n + j] = square[j * n + i] = sums[packed(i, j)];
   Solved<VecD> s;
   if (kind == Objective::kRow)
-    solve_exact<VecD, 0>(square, w.log_prob, label_of(p, t), w.grad, kind, n, r, p.tolerance,
-                         p.row_tolerance, square + n * n, &s.fi, &s.rank);
+    solve_exact<VecD, 0>(square, w.log_prob, label_of(p, t), w.grad, kind, n, w.metric.r,
+                         p.tolerance, p.row_tolerance, square + n * n, &s.fi, &s.rank);
   else
-    solve_exact<VecD, NS>(square, w.log_prob, label_of(p, t), w.grad, kind, n, r, p.tolerance,
-                          p.row_tolerance, square + n * n, &s.fi, &s.rank);
+    solve_exact<VecD, NS>(square, w.log_prob, label_of(p, t), w.grad, kind, n, w.metric.r,
+                          p.tolerance, p.row_tolerance, square + n * n, &s.fi, &s.rank);
   return s;
+}
+
+// Solves kLanes of the waiting windows, or the `count` that are left.
+template <int NS>
+void solve_waiting(const WindowProblem& p, const WindowTile& t, WindowWork& w) {
+  const Objective kind = static_cast<Objective>(p.objective);
+  const int64_t r = w.metric.r, n = r + (kind == Objective::kRow);
+  const int64_t many = least(w.count, kLanes), first = w.count - many;
+  VecD* square = w.scratch;
+  for (int64_t l = 0; l < kLanes; ++l) {
+    const double* from = w.waiting + (first + (l < many ? l : 0)) * packed_size(n);
+    double* to = reinterpret_cast<double*>(square) + l;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j <= i; ++j) to[(i * n + j) * kLanes] = from[packed(i, j)];
+  }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < i; ++j) square[j * n + i] = square[i * n + j];
+  const Solved<VecD> s = solve_square<NS>(p, t, w, n);
+  for (int64_t l = 0; l < many; ++l) {
+    p.fi[w.place[first + l]] = s.fi[l];
+    if (p.rank) p.rank[w.place[first + l]] = static_cast<int64_t>(s.rank[l]);
+  }
+  w.count = first;
 }
 
 // kTruncated by rotations that keep small singular values' digits, some ten times as slow.
@@ -202,21 +240,20 @@ inline void pixel_metric(WindowWork& w, const WindowGroup& g, int64_t stride, in
 }
 
 // FI and rank of the windows of a group, `used` the lanes that are wanted. column: where the
-// group's windows begin in sums and lines.
+// group's windows begin in sums and lines; place: in the output. Windows that are left waiting have
+// no result yet.
 template <int NS>
 Solved<Pair> solve_group(const WindowProblem& p, const WindowTile& t, WindowWork& w,
-                         const WindowGroup& g, int64_t column, PairMask used) {
+                         const WindowGroup& g, int64_t column, int64_t place, PairMask used) {
   const int64_t r = NS > 0 ? NS : w.metric.r, d = g.pixels(), stride = tile_stride(p);
   const bool own_row = p.objective == static_cast<int>(Objective::kRow), few = d < r;
   Solved<Pair> s = {Pair{}, Pair{}};
   PairMask left = used;
   if (p.rule != Rule::kExact && few)
     pixel_metric(w, g, stride, column);
-  else if (p.rule != Rule::kExact || !own_row)
-    if (!few) {
-      const int64_t m = p.rule == Rule::kExact ? r : r + 1;
-      add_columns(w.sums, packed_size(m), stride, column, g.across, w.matrix);
-    }
+  else if (!few && (p.rule != Rule::kExact || !own_row))
+    add_columns(w.sums, packed_size(p.rule == Rule::kExact ? r : r + 1), stride, column, g.across,
+                w.matrix);
   if (p.rule == Rule::kDamped) {
     const double tau = p.tau[t.sample];
     if (!(tau > 0.0)) return s;
@@ -231,18 +268,24 @@ Solved<Pair> solve_group(const WindowProblem& p, const WindowTile& t, WindowWork
   second.x += kLanes;
   if (p.rule == Rule::kTruncated) {
     Pair* scratch = reinterpret_cast<Pair*>(w.scratch);
-    left = few ? truncated_window<Pair, 0>(w.matrix, d, p.eps, 1, scratch, &s.fi, &s.rank)
-               : truncated_window<Pair, NS>(w.matrix, r, p.eps, 2, scratch, &s.fi, &s.rank);
+    left = few ? truncated_window<Pair, 0>(w.matrix, d, p.eps, 1, __builtin_nan(""), scratch, &s.fi,
+                                           &s.rank)
+               : truncated_window<Pair, NS>(w.matrix, r, p.eps, 2, w.metric.all, scratch, &s.fi,
+                                            &s.rank);
   } else if (!few && !own_row) {
     left = negate(surely_full_rank<Pair, NS>(w.matrix, r, p.tolerance));
     s = {Pair{} + w.closed, Pair{} + static_cast<double>(r)};
   }
+  left = left & used;
+  if (!any(left)) return s;
+  if (p.rule == Rule::kExact && !few) {
+    wait_for_solve(p, w, g, column, r + own_row, place, left);
+    return s;
+  }
   const auto again = [&](const WindowGroup& half, int64_t at) {
     return p.rule == Rule::kTruncated ? truncated_again(p, t, w, half)
-           : few                      ? exact_from_pixels(p, t, w, half, at)
-                                      : exact_from_sums<NS>(p, t, w, half, at);
+                                      : exact_from_pixels(p, t, w, half, at);
   };
-  left = left & used;
   if (any(left.lo)) {
     const Solved<VecD> lo = again(g, column);
     s.fi.lo = select(left.lo, lo.fi, s.fi.lo);

@@ -14,20 +14,20 @@ typedef double Unaligned __attribute__((vector_size(kLanes * 8), aligned(8)));
 
 inline VecD load(const double* from) { return *reinterpret_cast<const Unaligned*>(from); }
 
-constexpr int64_t kStrip = 8;             // lines of output that one unit computes
-constexpr int64_t kSumsDoubles = 1 << 14; // of column sums, 128 KiB
+constexpr int64_t kStrip = 8;              // lines of output that one unit computes
+constexpr int64_t kSumsDoubles = 1 << 14;  // of column sums, 128 KiB
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // One unit's part of the image and what it needs around it.
 struct WindowTile {
-  int64_t sample, group;      // group: the colour channel, 0 for all together
-  int64_t z, y, x;            // first pixel
-  int64_t lines, columns;     // of output
-  int64_t rz, ry, rx;         // the largest radius, clipped to the image
-  int64_t z0, z1, y0, y1;     // lines in reach: z0 <= z < z1, y0 <= y < y1
-  int64_t channel0, channels; // channels in reach
+  int64_t sample, group;       // group: the colour channel, 0 for all together
+  int64_t z, y, x;             // first pixel
+  int64_t lines, columns;      // of output
+  int64_t rz, ry, rx;          // the largest radius, clipped to the image
+  int64_t z0, z1, y0, y1;      // lines in reach: z0 <= z < z1, y0 <= y < y1
+  int64_t channel0, channels;  // channels in reach
 };
 
 inline int64_t window_groups(const WindowProblem& p) { return p.joint ? 1 : p.channels; }
@@ -46,7 +46,8 @@ inline int64_t vector_length(const WindowProblem& p) {
 inline int64_t tile_width(const WindowProblem& p) {
   const int64_t rx = clipped(p, p.width), all = padded(p.width, 2 * kLanes);
   int64_t width = kSumsDoubles / packed_size(vector_length(p)) - 2 * rx;
-  width = most(least(width, 128), most(2 * rx, 2 * kLanes));  // the border is summed again by neighbours
+  width = most(least(width, 128),
+               most(2 * rx, 2 * kLanes));  // the border is summed again by neighbours
   return least(padded(width, 2 * kLanes), all);
 }
 inline int64_t tile_stride(const WindowProblem& p) {
@@ -156,8 +157,7 @@ void add_products(const double* const* line, int64_t m, int64_t stride, bool fir
   for (int64_t i = 0; i < m; ++i)
     for (int64_t x = 0; x < stride; x += kLanes) {
       VecD own[L];
-      for (int l = 0; l < L; ++l)
-        own[l] = *reinterpret_cast<const VecD*>(line[l] + i * stride + x);
+      for (int l = 0; l < L; ++l) own[l] = *reinterpret_cast<const VecD*>(line[l] + i * stride + x);
       for (int64_t j = 0; j <= i; ++j) {
         VecD* to = reinterpret_cast<VecD*>(sums + packed(i, j) * stride + x);
         VecD sum = first ? VecD{} : *to;

@@ -2,9 +2,8 @@
 // neighbours side by side. No window's matrix outlives its solve.
 #pragma once
 
-#include "window_lanes.h"
-
 #include "solve_lanes.h"
+#include "window_lanes.h"
 
 FASTFI_BEGIN
 
@@ -18,7 +17,7 @@ inline int64_t sums_size(const WindowProblem& p) {
 inline int64_t window_tile_scratch(const WindowProblem& p) {
   const int64_t m = vector_length(p), stride = tile_stride(p), lines = tile_lines(p);
   return padded(window_metric_doubles(p.classes), 8) + (lines * m + sums_size(p)) * stride +
-         padded(lines, 8) +
+         padded(lines, 8) + 3 * kLanes * (sums_size(p) + 1) +
          (4 * p.classes + 2 * matrix_size(p) + window_solve_scratch(p)) * kLanes;
 }
 
@@ -35,6 +34,9 @@ inline WindowWork window_work(const WindowProblem& p, double* memory) {
   w.weight2 = w.sqrt_p + p.classes;
   w.matrix = reinterpret_cast<Pair*>(w.weight2 + p.classes);
   w.scratch = reinterpret_cast<VecD*>(w.matrix + matrix_size(p));
+  w.waiting = reinterpret_cast<double*>(w.scratch + window_solve_scratch(p));
+  w.place = reinterpret_cast<int64_t*>(w.waiting + 3 * kLanes * sums_size(p));
+  w.count = 0;
   return w;
 }
 
@@ -59,8 +61,8 @@ inline void prepare_sample(const WindowProblem& p, int64_t sample, WindowWork* w
 }
 
 // One pixel and one channel: G and h are numbers.
-inline Solved<VecD> solve_point(const WindowProblem& p, const WindowMetric& q, double tau, int64_t label,
-                          const double* vector, int64_t stride) {
+inline Solved<VecD> solve_point(const WindowProblem& p, const WindowMetric& q, double tau,
+                                int64_t label, const double* vector, int64_t stride) {
   const int64_t r = q.r;
   VecD square = VecD{}, h = VecD{};
   const VecD one = VecD{} + 1.0;
@@ -70,28 +72,33 @@ inline Solved<VecD> solve_point(const WindowProblem& p, const WindowMetric& q, d
       square += x * x;
     }
     h = load(vector + r * stride);
-    const VecI keep = p.rule == Rule::kDamped ? VecI{} + (tau > 0.0 ? -1 : 0)
-                                              : (VecI)(square > p.eps * p.eps);
+    const VecI keep =
+        p.rule == Rule::kDamped ? VecI{} + (tau > 0.0 ? -1 : 0) : (VecI)(square > p.eps * p.eps);
     const VecD size = select(keep, square + (p.rule == Rule::kDamped ? tau : 0.0), one);
     return {select(keep, h * h / size, VecD{}), select(keep, one, VecD{})};
   }
-  VecD mean = VecD{}, sizes = VecD{};
+  // In units of the largest contrast: FI does not depend on them, and a square may underflow.
+  VecD mean = VecD{}, unit = VecD{};
   for (int64_t k = 0; k < r; ++k) {
-    const VecD d = load(vector + k * stride);
+    const VecD d = abs_of(load(vector + k * stride));
+    unit = select(d > unit, d, unit);
+  }
+  const VecI present = unit > 0.0;
+  unit = select(present, unit, one);
+  for (int64_t k = 0; k < r; ++k) {
+    const VecD d = load(vector + k * stride) / unit;
     mean += q.prob[k] * d;
     square += q.prob[k] * d * d;
     h += q.slope[k] * d;
-    sizes += d * d;
   }
-  if (p.objective == static_cast<int>(Objective::kRow))
-    h = load(vector + r * stride);
+  if (p.objective == static_cast<int>(Objective::kRow)) h = load(vector + r * stride) / unit;
   if (p.objective == static_cast<int>(Objective::kCrossEntropy))
-    h = label > 0 ? mean - load(vector + (label - 1) * stride) : mean;
+    h = label > 0 ? mean - load(vector + (label - 1) * stride) / unit : mean;
   square -= mean * mean;  // loses at most a factor K: class 0 is the most probable
   const VecI alive = square > 0.0;
   const VecD root = h / sqrt_of(select(alive, square, one));
-  const VecD beyond = select((h != 0.0) & (sizes > 0.0), VecD{} + __builtin_inf(), VecD{});
-  return {select(alive, root * root, beyond), select(sizes > 0.0, one, VecD{})};
+  const VecD beyond = select((h != 0.0) & present, VecD{} + __builtin_inf(), VecD{});
+  return {select(alive, root * root, beyond), select(present, one, VecD{})};
 }
 
 // The lines of pixels in reach of a unit's windows.
@@ -161,7 +168,7 @@ void window_unit(const WindowProblem& p, const WindowTile& t, WindowWork& w) {
         } else {
           const PairMask used = {lane < VecI{} + many, lane < VecI{} + (many - kLanes)};
           g.x = t.x + x;
-          out = solve_group<NS>(p, t, w, g, x + t.rx - g.across, used);
+          out = solve_group<NS>(p, t, w, g, x + t.rx - g.across, at + g.x, used);
         }
         for (int64_t l = 0; l < many; ++l) {
           const int64_t to = at + t.x + x + l, i = l % kLanes;
@@ -169,9 +176,11 @@ void window_unit(const WindowProblem& p, const WindowTile& t, WindowWork& w) {
           if (p.rank)
             p.rank[to] = static_cast<int64_t>(l < kLanes ? out.rank.lo[i] : out.rank.hi[i]);
         }
+        while (w.count >= kLanes) solve_waiting<NS>(p, t, w);
       }
     }
   }
+  if (w.count > 0) solve_waiting<NS>(p, t, w);
 }
 
 typedef void (*WindowFunction)(const WindowProblem&, const WindowTile&, WindowWork&);

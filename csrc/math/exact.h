@@ -70,8 +70,7 @@ FASTFI_HD void solve_coordinates(const Coordinates<V>& c, const V* sqrt_p, const
   const V carried =
       c.largest * (noise * noise) * (c.largest / select(c.smallest > 0.0, c.smallest, V{} + 1.0));
   const V cut = select(carried > own, carried, own);
-  const V rank =
-      weighted_pivots(c.factor, weight2, d, n, r, cut, factor, inv_pivot, pivot, work);
+  const V rank = weighted_pivots(c.factor, weight2, d, n, r, cut, factor, inv_pivot, pivot, work);
   *rank_out = rank;
   int64_t steps = d;
   while (steps > 0 && !any(rank > static_cast<double>(steps - 1))) --steps;
@@ -158,7 +157,8 @@ FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, con
   while (d > 0 && !any(c.dimension > static_cast<double>(d - 1))) --d;
   for (int64_t k = 0; k < r; ++k) weight2[k] = log_prob[k + 1] * 1.4426950408889634;
   V fi, rank;
-  solve_coordinates(c, sqrt_p, weight2, label, grad, kind, n, r, d, row_tolerance, rest, &fi, &rank);
+  solve_coordinates(c, sqrt_p, weight2, label, grad, kind, n, r, d, row_tolerance, rest, &fi,
+                    &rank);
   *fi_out = closes ? select(full, closed, fi) : fi;
   *rank_out = select(full, c.dimension, rank);
 }

@@ -20,14 +20,14 @@ struct Traits<Pair> {
   static constexpr int kLanes = 2 * FASTFI_ISA::kLanes;
 };
 
-#define FASTFI_PAIR_ARITHMETIC(op)                                                    \
-  inline Pair operator op(Pair a, Pair b) { return {a.lo op b.lo, a.hi op b.hi}; }    \
-  inline Pair operator op(Pair a, double b) { return {a.lo op b, a.hi op b}; }        \
-  inline Pair operator op(double a, Pair b) { return {a op b.lo, a op b.hi}; }        \
-  inline Pair& operator op##=(Pair& a, Pair b) { return a = a op b; }                 \
-  inline Pair& operator op##=(Pair& a, double b) { return a = a op b; }
-#define FASTFI_PAIR_COMPARISON(op)                                                       \
-  inline PairMask operator op(Pair a, Pair b) { return {a.lo op b.lo, a.hi op b.hi}; }   \
+#define FASTFI_PAIR_ARITHMETIC(op)                                                 \
+  inline Pair operator op(Pair a, Pair b) { return {a.lo op b.lo, a.hi op b.hi}; } \
+  inline Pair operator op(Pair a, double b) { return {a.lo op b, a.hi op b}; }     \
+  inline Pair operator op(double a, Pair b) { return {a op b.lo, a op b.hi}; }     \
+  inline Pair& operator op## = (Pair & a, Pair b) { return a = a op b; }           \
+  inline Pair& operator op## = (Pair & a, double b) { return a = a op b; }
+#define FASTFI_PAIR_COMPARISON(op)                                                     \
+  inline PairMask operator op(Pair a, Pair b) { return {a.lo op b.lo, a.hi op b.hi}; } \
   inline PairMask operator op(Pair a, double b) { return {a.lo op b, a.hi op b}; }
 
 FASTFI_PAIR_ARITHMETIC(+)

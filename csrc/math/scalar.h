@@ -47,3 +47,8 @@ FASTFI_HD double rough_log2(double x) {
 }
 
 FASTFI_END
+
+// Templates find only the overloads for the compiler's vectors that were declared before them.
+#ifndef __CUDACC__
+#include "lanes.h"
+#endif

@@ -18,10 +18,11 @@ struct WindowMetric {
   double* slope;
   double* scale;
   double* centre;
-  double* u;  // kDamped with an objective in terms of the classes: h = Q^T u
+  double* u;   // kDamped with an objective in terms of the classes: h = Q^T u
+  double all;  // kTruncated: FI where every singular value is kept; NaN where that is not known
 };
 
-FASTFI_HD int64_t window_metric_doubles(int64_t classes) { return 7 * classes; }
+FASTFI_HD int64_t window_metric_doubles(int64_t classes) { return 8 * classes; }
 
 // Fills `m` and the memory its pointers are made from; log_prob [classes], grad [classes].
 template <bool Damped>
@@ -35,6 +36,7 @@ FASTFI_HD void window_metric(const double* log_prob, int64_t classes, int64_t la
   m->scale = m->slope + classes;
   m->centre = m->scale + classes;
   m->u = m->centre + classes;
+  double* share = m->u + classes;
   class_weights(log_prob, classes, sqrt_p);
   m->r = classes - 1;
   while (m->r > 1 && m->r > label && !(sqrt_p[m->r] > 0.0)) --m->r;
@@ -64,15 +66,36 @@ FASTFI_HD void window_metric(const double* log_prob, int64_t classes, int64_t la
       if (kind == Objective::kCrossEntropy)
         m->u[k] = label == 0 ? p / top : beta * p - (hit ? over_weight(1.0, p) : 0.0);
       else
-        m->u[k] = kind == Objective::kGradient
-                      ? over_weight(grad[k + 1], p) + sum * beta / top * p
-                      : 0.0;
+        m->u[k] =
+            kind == Objective::kGradient ? over_weight(grad[k + 1], p) + sum * beta / top * p : 0.0;
     } else {
       const double w = p > 0.0 ? p * p / (p + eps) : 0.0;
       m->scale[k] = w;
       m->centre[k] = w - normal[k + 1] / (length + normal[0]) * first;
     }
   }
+  if (Damped) return;
+  // h = sum b_k L0_k, b_k = g_k / w_k; at full rank FI is the square of b's part off the normal.
+  m->all = 0.0;
+  if (kind == Objective::kCrossEntropy) {
+    const double p = sqrt_p[label];
+    for (int64_t k = 0; k <= m->r; ++k)
+      if (k != label) m->all += normal[k] / length * (normal[k] / length);
+    m->all *= (p + eps) / (p * p + eps) * ((p + eps) / (p * p + eps));
+  } else if (kind == Objective::kGradient) {
+    double along = 0.0;
+    for (int64_t k = 0; k <= m->r; ++k) {
+      const double p = sqrt_p[k], w = p > 0.0 ? p * p / (p + eps) : 0.0;
+      const double g = k > 0 ? grad[k] : -sum;
+      share[k] = g == 0.0 ? 0.0 : g / w;  // infinite for an absent class
+      along += share[k] * normal[k] / length;
+    }
+    for (int64_t k = 0; k <= m->r; ++k) {
+      const double rest = share[k] - along * normal[k] / length;
+      m->all += rest * rest;
+    }
+  }
+  if (kind == Objective::kRow || !(m->all < 1e300)) m->all = __builtin_nan("");
 }
 
 FASTFI_END

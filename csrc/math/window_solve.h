@@ -23,9 +23,24 @@ FASTFI_HD void eliminate(V* a, int64_t j, int64_t rows, int64_t columns, V inv) 
   }
 }
 
-// Which matrices N [r, r] have no eigenvalue below `tolerance * max diag N`: by pivots of N minus
-// twice as much of the identity. Pivoted Cholesky then finds full rank, because each of its
-// residuals is at least the smallest eigenvalue. Overwrites a.
+// Which matrices [r, r] have no eigenvalue up to `shift`: by the pivots of what is left when it is
+// taken from the diagonal. Overwrites a.
+template <class V, int NS>
+FASTFI_HD Mask<V> surely_above(V* a, int64_t r_, V shift) {
+  const int64_t r = NS > 0 ? NS : r_;
+  for (int64_t i = 0; i < r; ++i) a[packed(i, i)] -= shift;
+  Mask<V> sure = a[0] > 0.0;
+  for (int64_t j = 0; j < r; ++j) {
+    const V pivot = a[packed(j, j)];
+    sure = sure & (pivot > 0.0);
+    if (!any(sure)) break;
+    eliminate(a, j, r, r, 1.0 / select(pivot > 0.0, pivot, V{} + 1.0));
+  }
+  return sure;
+}
+
+// Which Gram matrices N [r, r] pivoted Cholesky surely finds of full rank: each of its residuals is
+// at least the smallest eigenvalue. Overwrites a.
 template <class V, int NS>
 FASTFI_HD Mask<V> surely_full_rank(V* a, int64_t r_, double tolerance) {
   const int64_t r = NS > 0 ? NS : r_;
@@ -34,15 +49,7 @@ FASTFI_HD Mask<V> surely_full_rank(V* a, int64_t r_, double tolerance) {
     const V x = a[packed(i, i)];
     largest = select(x > largest, x, largest);
   }
-  for (int64_t i = 0; i < r; ++i) a[packed(i, i)] -= 2.0 * tolerance * largest;
-  Mask<V> sure = largest > 0.0;
-  for (int64_t j = 0; j < r; ++j) {
-    const V pivot = a[packed(j, j)];
-    sure = sure & (pivot > 0.0);
-    if (!any(sure)) break;
-    eliminate(a, j, r, r, 1.0 / select(pivot > 0.0, pivot, V{} + 1.0));
-  }
-  return sure;
+  return surely_above<V, NS>(a, r, 2.0 * tolerance * largest) & (largest > 0.0);
 }
 
 // Three ways to FI_tau from a window's sums: u^T (M + tau I)^-1 c where h = Q^T u and c = M u;
