@@ -23,7 +23,7 @@ from examples.tables import number, percentiles, save_scores
 from examples.training import batches, fit, predict
 from fastfi.data import open_dataset
 
-__all__ = ["main"]
+__all__ = ["main", "network", "read", "score"]
 
 BATCH = 256
 SETS = {"train": "training", "test": "test"}
@@ -55,6 +55,21 @@ def score(model: SmallCNN, data: Iterator[tuple[Tensor, Tensor]], setup: int) ->
     return fastfi.Influence(fi, rank, label, log_prob, parts[0].names)
 
 
+def network(x: Tensor, y: Tensor, weights: Path | None, out: Path, epochs: int) -> SmallCNN:
+    """SmallCNN in eval mode with the given weights, or trained on x, y and saved in ``out``."""
+    model = SmallCNN().eval()
+    if weights:
+        model.load_state_dict(load_file(weights))
+        return model
+    print(f"Training SmallCNN on {len(y):,} images")
+    start = time.perf_counter()
+    fit(model, x, y, epochs=epochs, batch=128, rate=3e-3)
+    print(f"  {time.perf_counter() - start:.0f} s")
+    save_file(model.state_dict(), out / "smallcnn.safetensors")
+    print(f"  saved {out / 'smallcnn.safetensors'}")
+    return model
+
+
 def main() -> None:
     """Trains (or loads) the network, scores both sets, prints and saves."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -70,17 +85,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
 
     data = {split: read(options.data, split) for split in SETS}
-    model = SmallCNN().eval()
-    if options.weights:
-        model.load_state_dict(load_file(options.weights))
-    else:
-        print(f"Training SmallCNN on {len(data['train'][1]):,} images")
-        start = time.perf_counter()
-        fit(model, *data["train"], epochs=options.epochs, batch=128, rate=3e-3)
-        print(f"  {time.perf_counter() - start:.0f} s")
-        weights = options.out / "smallcnn.safetensors"
-        save_file(model.state_dict(), weights)
-        print(f"  saved {weights}")
+    model = network(*data["train"], options.weights, options.out, options.epochs)
 
     predicted = {split: predict(model, x.split(1024)) for split, (x, _) in data.items()}
     wrong = {split: predicted[split] != y for split, (_, y) in data.items()}

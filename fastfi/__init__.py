@@ -4,6 +4,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 try:
+    from fastfi import attack, plot
     from fastfi.backends import backends
     from fastfi.direction import direction
     from fastfi.errors import (
@@ -48,9 +49,11 @@ __all__ = [
     "Truncated",
     "WeightsError",
     "__version__",
+    "attack",
     "backends",
     "direction",
     "influence",
     "influence_map",
+    "plot",
     "region_influence",
 ]
