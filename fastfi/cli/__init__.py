@@ -1,4 +1,4 @@
-"""The command line: ``fastfi score`` and ``fastfi doctor``."""
+"""The command line: ``fastfi score``, ``fastfi map`` and ``fastfi doctor``."""
 
 from __future__ import annotations
 

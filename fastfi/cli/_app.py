@@ -1,34 +1,32 @@
-"""The commands and their options."""
+"""The commands."""
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 import sys
-import threading
-import time
-import traceback
-from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import typer
+from torch import nn
 
 import fastfi
 from fastfi import doctor as doctor_module
+from fastfi._checks import check_scales
+from fastfi.cli import _options as o
+from fastfi.cli._atomic import check_output
+from fastfi.cli._batches import Normalisation, ScoreOptions
+from fastfi.cli._figures import FigureFolder
+from fastfi.cli._guard import reported, terminable
+from fastfi.cli._map import known_ids, run_map
+from fastfi.cli._mapfile import MapFile
 from fastfi.cli._model import load_model, parse_device
-from fastfi.cli._output import ScoreFile, check_output
-from fastfi.cli._progress import progress
-from fastfi.cli._score import Labels, Normalisation, ScoreOptions, score
-from fastfi.cli._summary import percentile_table
-from fastfi.data import open_dataset
-from fastfi.errors import FastfiError, OptionError
+from fastfi.cli._options import parse_bytes
+from fastfi.cli._output import ScoreFile
+from fastfi.cli._score import run_score
+from fastfi.data import ImageSource, open_dataset, select
+from fastfi.errors import OptionError
 
 __all__ = ["app", "parse_bytes"]
 
@@ -40,80 +38,57 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help, which wraps paragraphs
 )
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+# Options that do not decide what is computed; those of the inverse are in its repr.
+_NO_CONFIG = ("out", "figures", "overwrite", "show_progress", "show_traceback")
+_OF_INVERSE = ("rtol", "eps", "alpha")
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes from "2GB", "512 MiB", "1.5g" or "1000000".
-
-    Raises:
-        OptionError: not a positive amount of memory.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    try:
-        amount = float(match[1]) * {**_UNITS, **_BINARY_UNITS}[match[2] or ""] if match else 0.0
-    except ValueError:
-        amount = 0.0
-    if amount < 1:
-        raise OptionError(f"expected an amount of memory such as 2GB or 512MiB, got {text!r}")
-    return int(amount)
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
-    """ "0.49,0.48,0.45" as numbers."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise OptionError(
-            f"{option}: expected numbers separated by commas, got {text!r}"
-        ) from error
+def _config(given: Mapping[str, Any], rule: object, **parsed: Any) -> dict[str, Any]:
+    """The options that decide the results, for a file's metadata."""
+    config = {k: v for k, v in given.items() if k not in (*_NO_CONFIG, *_OF_INVERSE)}
+    budget = given["memory_budget"]
+    return {
+        **config,
+        "weights": None if given["weights"] is None else str(given["weights"]),
+        "inverse": repr(rule),
+        "memory_budget": None if budget is None else parse_bytes(budget),
+        "mean": o.numbers("--mean", given["mean"]),
+        "std": o.numbers("--std", given["std"]),
+        **parsed,
+    }
 
 
-def _inverse(
-    name: str, rtol: float | None, eps: float | None, alpha: float | None
-) -> fastfi.Exact | fastfi.Truncated | fastfi.Damped:
-    given = {"--rtol": ("exact", rtol), "--eps": ("truncated", eps), "--alpha": ("damped", alpha)}
-    for option, (owner, value) in given.items():
-        if value is not None and name != owner:
-            raise OptionError(f"{option} belongs to --inverse {owner}, not to {name}")
-    if name == "exact":
-        return fastfi.Exact(rtol=rtol)
-    if name == "truncated":
-        return fastfi.Truncated() if eps is None else fastfi.Truncated(eps=eps)
-    return fastfi.Damped() if alpha is None else fastfi.Damped(alpha=alpha)
+def _score_options(config: Mapping[str, Any], rule: object, *names: str) -> ScoreOptions:
+    """``names``: options of the measure that only this command has."""
+    shared = ("objective", "outputs", "lump", "memory_budget")
+    return ScoreOptions(
+        labels=config["labels"],
+        influence={"inverse": rule, **{k: config[k] for k in (*shared, *names)}},
+        device=parse_device(config["device"]),
+        batch_size=config["batch_size"],
+        limit=config["limit"],
+        normalisation=Normalisation(config["mean"], config["std"]),
+    )
 
 
-@contextmanager
-def _reported(show_traceback: bool) -> Iterator[None]:
-    """Turns fastfi's errors into one message and exit code 2, Ctrl-C into exit code 130."""
-    try:
-        yield
-    except FastfiError as error:
-        if show_traceback:
-            traceback.print_exc()
-        print(f"fastfi: error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        print("fastfi: interrupted, no scores were written", file=sys.stderr)
-        raise typer.Exit(130) from error
+def _open(data: Path | Sequence[Path], config: Mapping[str, Any]) -> ImageSource:
+    keys = ("split", "image_key", "label_key", "layout", "color")
+    return open_dataset(data, **{k: config[k] for k in keys})
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Lets SIGTERM unwind the stack, so that temporary files are removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _model(model: str, weights: Path | None, device: torch.device) -> nn.Module:
+    network = load_model(model, weights, device)
+    if weights is None:
+        print("fastfi: no --weights: the model is used as its factory made it", file=sys.stderr)
+    return network
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "fastfi.version": fastfi.__version__,
+        "fastfi.config": config,
+        "fastfi.torch": torch.__version__,
+    }
 
 
 @app.callback()
@@ -128,78 +103,39 @@ def doctor() -> None:
 
 @app.command("score")
 def score_command(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="package.module:factory; the factory is called without arguments and returns an "
-            "nn.Module. The current directory is importable."
-        ),
-    ],
+    context: typer.Context,  # its params are the options below, by name
+    model: o.ModelOption,
     data: Annotated[
         Path,
-        typer.Option(
-            help="A folder of IDX files (MNIST), an .npz file, Parquet in the Hugging Face image "
-            "layout (file or folder), or an image folder."
-        ),
+        typer.Option(help=f"{o.FORMATS}."),
     ],
     out: Annotated[Path, typer.Option(help="scores.parquet or scores.csv.")],
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="safetensors, or a PyTorch state dict; pickled code is never run."),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="train, test, ...")] = None,
-    labels: Annotated[
-        Labels, typer.Option(help="Whose influence: of the true or of the predicted label.")
-    ] = "true",
-    inverse: Annotated[
-        Literal["exact", "truncated", "damped"], typer.Option(help="Inverse of the metric.")
-    ] = "exact",
-    rtol: Annotated[float | None, typer.Option(help="Rank tolerance of --inverse exact.")] = None,
-    eps: Annotated[float | None, typer.Option(help="Cut of --inverse truncated.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Damping of --inverse damped.")] = None,
-    objective: Annotated[
-        str, typer.Option(help="cross_entropy, logit, margin, entropy or nll_of_others.")
-    ] = "cross_entropy",
-    outputs: Annotated[
-        Literal["logits", "log_probs", "probs"], typer.Option(help="What the model returns.")
-    ] = "logits",
-    lump: Annotated[
-        float | None,
-        typer.Option(help="Merge each image's least likely classes, up to this probability."),
-    ] = None,
+    weights: o.WeightsOption = None,
+    split: o.SplitOption = None,
+    labels: o.LabelsOption = "true",
+    inverse: o.InverseOption = "exact",
+    rtol: o.RtolOption = None,
+    eps: o.EpsOption = None,
+    alpha: o.AlphaOption = None,
+    objective: o.ObjectiveOption = "cross_entropy",
+    outputs: o.OutputsOption = "logits",
+    lump: o.LumpOption = None,
     assume_full_rank: Annotated[
         bool, typer.Option("--assume-full-rank", help="Use the closed form: forward passes only.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images read and scored at once.")] = 256,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="Memory for the backward passes, e.g. 2GB.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    mean: Annotated[
-        str, typer.Option(help="Subtracted from pixels in 0..1; one number, or one per channel.")
-    ] = "0",
-    std: Annotated[str, typer.Option(help="Then divided by; likewise.")] = "1",
-    image_key: Annotated[
-        str | None, typer.Option(help="Array (npz) or column (Parquet) of the images.")
-    ] = None,
-    label_key: Annotated[str | None, typer.Option(help="The same for the labels.")] = None,
-    layout: Annotated[
-        Literal["chw", "hwc"] | None, typer.Option(help="Axis order of 4-dimensional npz arrays.")
-    ] = None,
-    color: Annotated[
-        Literal["auto", "gray", "rgb"], typer.Option(help="Conversion of compressed images.")
-    ] = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first images.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing score file.")
-    ] = False,
-    show_progress: Annotated[
-        bool | None,
-        typer.Option("--progress/--no-progress", help="Default: only on a terminal."),
-    ] = None,
-    show_traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error came from.")
-    ] = False,
+    batch_size: o.BatchSizeOption = 256,
+    memory_budget: o.MemoryBudgetOption = None,
+    device: o.DeviceOption = "cpu",
+    mean: o.MeanOption = "0",
+    std: o.StdOption = "1",
+    image_key: o.ImageKeyOption = None,
+    label_key: o.LabelKeyOption = None,
+    layout: o.LayoutOption = None,
+    color: o.ColorOption = "auto",
+    limit: o.LimitOption = None,
+    overwrite: o.OverwriteOption = False,
+    show_progress: o.ProgressOption = None,
+    show_traceback: o.TracebackOption = False,
 ) -> None:
     """Compute FI for every image of a data set.
 
@@ -207,87 +143,103 @@ def score_command(
     label that FI is computed for, see --labels), fi and rank (empty for --inverse damped). The file
     appears only when it is complete.
     """
-    with _reported(show_traceback), _terminable():
-        check_output(out, overwrite)
-        rule = _inverse(inverse, rtol, eps, alpha)
-        config: dict[str, Any] = {
-            "model": model,
-            "weights": None if weights is None else str(weights),
-            "data": str(data),
-            "split": split,
-            "labels": labels,
-            "inverse": repr(rule),
-            "objective": objective,
-            "outputs": outputs,
-            "lump": lump,
-            "assume_full_rank": assume_full_rank,
-            "batch_size": batch_size,
-            "memory_budget": None if memory_budget is None else parse_bytes(memory_budget),
-            "device": device,
-            "mean": _numbers("--mean", mean),
-            "std": _numbers("--std", std),
-            "image_key": image_key,
-            "label_key": label_key,
-            "layout": layout,
-            "color": color,
-            "limit": limit,
-        }
-        options = ScoreOptions(
-            labels=labels,
-            influence={
-                "inverse": rule,
-                **{k: config[k] for k in ("objective", "outputs", "lump", "assume_full_rank")},
-                "memory_budget": config["memory_budget"],
-            },
-            device=parse_device(device),
-            batch_size=batch_size,
-            limit=limit,
-            normalisation=Normalisation(config["mean"], config["std"]),
-        )
-        _run(model, weights, data, out, overwrite, show_progress, config, options)
+    with reported(show_traceback, "scores"), terminable():
+        check_output(out, overwrite, ScoreFile.suffixes)
+        rule = o.as_inverse(inverse, rtol, eps, alpha)
+        config = _config(context.params, rule, data=str(data))
+        options = _score_options(config, rule, "assume_full_rank")
+        source = _open(data, config)
+        network = _model(model, weights, options.device)
+        run_score(network, source, options, out, overwrite, show_progress, _metadata(config))
 
 
-def _run(
-    model: str,
-    weights: Path | None,
-    data: Path,
-    out: Path,
-    overwrite: bool,
-    show_progress: bool | None,
-    config: dict[str, Any],
-    options: ScoreOptions,
+@app.command("map")
+def map_command(
+    context: typer.Context,
+    model: o.ModelOption,
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="PATH",
+            help=f"{o.FORMATS}; or an image file (PNG, JPEG, ...), several of the same size if the "
+            "option is repeated.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="maps.npz or maps.parquet.")],
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="Folder for one PNG per image; its name follows from the image's id."),
+    ] = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID,ID,...",
+            help="Take only these images: row numbers, or paths within a folder. The order is that "
+            "of the data.",
+        ),
+    ] = None,
+    limit: o.LimitOption = None,
+    scales: Annotated[str, typer.Option(help="Odd sizes of the windows in pixels.")] = "1,3,5,7",
+    channels: Annotated[
+        Literal["separate", "joint", "mean"],
+        typer.Option(
+            help="Perturb one colour channel at a time, all together, or take the mean of the "
+            "separate maps."
+        ),
+    ] = "separate",
+    weights: o.WeightsOption = None,
+    split: o.SplitOption = None,
+    labels: o.LabelsOption = "predicted",
+    inverse: o.InverseOption = "damped",
+    rtol: o.RtolOption = None,
+    eps: o.EpsOption = None,
+    alpha: o.AlphaOption = None,
+    objective: o.ObjectiveOption = "cross_entropy",
+    outputs: o.OutputsOption = "logits",
+    lump: o.LumpOption = None,
+    batch_size: o.BatchSizeOption = 32,
+    memory_budget: o.MemoryBudgetOption = None,
+    device: o.DeviceOption = "cpu",
+    mean: o.MeanOption = "0",
+    std: o.StdOption = "1",
+    image_key: o.ImageKeyOption = None,
+    label_key: o.LabelKeyOption = None,
+    layout: o.LayoutOption = None,
+    color: o.ColorOption = "auto",
+    overwrite: o.OverwriteOption = False,
+    show_progress: o.ProgressOption = None,
+    show_traceback: o.TracebackOption = False,
 ) -> None:
-    source = open_dataset(
-        data, **{k: config[k] for k in ("split", "image_key", "label_key", "layout", "color")}
-    )
-    network = load_model(model, weights, options.device)
-    if weights is None:
-        print("fastfi: no --weights: the model is used as its factory made it", file=sys.stderr)
-    total = source.length
-    if options.limit is not None:
-        total = options.limit if total is None else min(total, options.limit)
-    metadata = {
-        "fastfi.version": fastfi.__version__,
-        "fastfi.config": config,
-        "fastfi.torch": torch.__version__,
-    }
-    fi = array("d")  # 8 bytes per image, for the percentiles
-    correct = 0
-    start = time.perf_counter()
-    with (
-        progress(total, show_progress) as advance,
-        ScoreFile(out, source.id_type, metadata, overwrite) as file,
-    ):
-        for scores in score(network, source, options):
-            file.write(scores)
-            fi.frombytes(scores.fi.tobytes())
-            if scores.label is not None:
-                correct += int((scores.label == scores.predicted).sum())
-            advance(len(scores.ids))
-    seconds = time.perf_counter() - start
-    n = len(fi)
-    print(percentile_table(np.frombuffer(fi)))
-    accuracy = f", accuracy {correct / n:.2%}" if source.labelled else ""
-    print(
-        f"{n} images{accuracy}, {seconds:.1f} s, {n / seconds:,.0f} images/s, in {os.fspath(out)}"
-    )
+    """Compute influence maps: FI of the square window around every pixel, at several sizes.
+
+    An npz file holds maps (float32; images x scales x channels x height x width, without channels
+    for joint and mean), scales, id, predicted, label (the data's own, left out if it has none),
+    log_prob (of the label that FI is computed for, see --labels), rank (for exact and truncated)
+    and config (JSON). A Parquet file has one row per image; its maps are flattened in the column
+    map, their shape is in the metadata. The file and the figures appear only when all are complete.
+
+    Figures show the images as they were read, before --mean and --std.
+    """
+    with reported(show_traceback, "maps"), terminable():
+        check_output(out, overwrite, MapFile.suffixes)
+        if ids and limit is not None:
+            raise OptionError("expected --ids or --limit, got both")
+        rule = o.as_inverse(inverse, rtol, eps, alpha)
+        config = _config(
+            context.params,
+            rule,
+            data=str(data[0]) if len(data) == 1 else [str(d) for d in data],
+            ids=ids or None,
+            scales=check_scales(o.integers("--scales", scales)),
+        )
+        options = _score_options(config, rule, "scales", "channels")
+        source = _open(data, config)
+        if ids:
+            source = select(source, ids)
+        folder = None
+        if figures is not None:
+            chosen = known_ids(source, limit)
+            folder = FigureFolder(figures, chosen, overwrite)
+            print(f"fastfi: {len(chosen)} figures to be drawn in {figures}", file=sys.stderr)
+        network = _model(model, weights, options.device)
+        run_map(network, source, options, out, overwrite, folder, show_progress, _metadata(config))

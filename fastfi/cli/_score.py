@@ -1,148 +1,74 @@
-"""Scores a data set batch by batch; at no time are two batches of images held."""
+"""``fastfi score``: FI of every image, batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+import os
+import time
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
-from fastfi.cli._output import Scores
+from fastfi.cli._batches import ScoreOptions, process
+from fastfi.cli._output import ScoreFile, Scores
+from fastfi.cli._progress import images_per_second, progress
+from fastfi.cli._summary import percentile_table
 from fastfi.data import Batch, ImageSource
-from fastfi.errors import FastfiError, OptionError, OutputError, SampleError
 from fastfi.evaluate import evaluate
 
-__all__ = ["Labels", "Normalisation", "ScoreOptions", "score"]
-
-Labels = Literal["true", "predicted"]
-_LISTED = 8  # images that an error lists
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """(x - mean) / std, per colour channel.
-
-    Attributes:
-        mean, std: one number for all channels, or one each.
-    """
-
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-
-    def check(self, channels: int) -> None:
-        """Raises OptionError unless the numbers fit the channels."""
-        for name, values in (("--mean", self.mean), ("--std", self.std)):
-            if len(values) not in (1, channels):
-                raise OptionError(
-                    f"{name}: expected 1 number or {channels}, one per channel, got {len(values)}"
-                )
-        if min(self.std) <= 0:
-            raise OptionError(f"--std: expected positive numbers, got {list(self.std)}")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same shape."""
-        if not any(self.mean) and set(self.std) == {1.0}:
-            return x
-        mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return (x - mean).div_(std)
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """What :func:`score` computes.
-
-    Attributes:
-        labels: "true": the data's labels (the paper's Setup 1); "predicted": the model's
-            predictions (Setup 3).
-        influence: keyword arguments of :func:`fastfi.evaluate.evaluate`.
-        device: where the model is.
-        batch_size: images read and scored at once.
-        limit: score only so many images; None for all.
-        normalisation: applied to the pixels.
-    """
-
-    labels: Labels
-    influence: dict[str, Any]
-    device: torch.device
-    batch_size: int = 256
-    limit: int | None = None
-    normalisation: Normalisation = Normalisation()
+__all__ = ["ScoreOptions", "run_score", "score"]
 
 
 def score(model: nn.Module, source: ImageSource, options: ScoreOptions) -> Iterator[Scores]:
-    """Scores the images in order.
+    """Scores the images in order: one :class:`Scores` per batch. Arguments and errors are those of
+    :func:`~fastfi.cli._batches.process`."""
 
-    Args:
-        model: in evaluation mode, on ``options.device``.
-        source: the images.
-        options: see :class:`ScoreOptions`.
-
-    Yields:
-        One :class:`Scores` per batch.
-
-    Raises:
-        OptionError: true labels of a data set without labels; not enough memory.
-        LabelError, NonFiniteError: a batch that cannot be scored; the message names the images.
-        DataError: the data cannot be read.
-        OutputError: the model fails on the images.
-    """
-    options.normalisation.check(source.shape[0])
-    if options.labels == "true" and not source.labelled:
-        raise OptionError(
-            f"{source.path} has no labels; --labels predicted uses the model's predictions"
+    def work(x: Tensor, y: Tensor | None, batch: Batch) -> Scores:
+        result = evaluate(model, x, y, **options.influence)
+        return Scores(
+            ids=batch.ids,
+            label=None if batch.y is None else batch.y.numpy(),
+            predicted=result.predicted.cpu().numpy(),
+            log_prob=result.log_prob.cpu().numpy(),
+            fi=result.fi.cpu().numpy(),
+            rank=None if result.rank is None else result.rank.cpu().numpy(),
         )
-    first = True
-    for batch in source.batches(options.batch_size, options.limit):
-        x = options.normalisation(batch.x.to(options.device))
-        if first:
-            _try(model, x[:1])
-            first = False
-        try:
-            yield _score_batch(model, x, batch, options)
-        except SampleError as error:
-            raise _named(error, batch, source) from error
-        except torch.OutOfMemoryError as error:
-            raise OptionError(
-                f"not enough memory on {options.device} for batches of {options.batch_size}: "
-                f"choose a smaller --batch-size or --memory-budget ({error})"
-            ) from error
-        del batch, x
+
+    return process(model, source, options, work)
 
 
-def _try(model: nn.Module, x: Tensor) -> None:
-    """Runs the model on one image, so that its own failures are told apart from fastfi's."""
-    try:
-        with torch.no_grad():
-            model(x)
-    except Exception as error:  # the user's code
-        raise OutputError(
-            f"the model fails on an image of shape {list(x.shape)} ({x.dtype}, {x.device}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def _score_batch(model: nn.Module, x: Tensor, batch: Batch, options: ScoreOptions) -> Scores:
-    y = None
-    if options.labels == "true":
-        assert batch.y is not None
-        y = batch.y
-    result = evaluate(model, x, y, **options.influence)
-    return Scores(
-        ids=batch.ids,
-        label=None if batch.y is None else batch.y.numpy(),
-        predicted=result.predicted.cpu().numpy(),
-        log_prob=result.log_prob.cpu().numpy(),
-        fi=result.fi.cpu().numpy(),
-        rank=None if result.rank is None else result.rank.cpu().numpy(),
-    )
-
-
-def _named(error: SampleError, batch: Batch, source: ImageSource) -> FastfiError:
-    """The same error, naming the images instead of positions in a batch."""
-    ids = [str(batch.ids[i]) for i in error.indices[:_LISTED]]
-    more = f" and {len(error.indices) - _LISTED} more" if len(error.indices) > _LISTED else ""
-    which = f"{'image' if len(error.indices) == 1 else 'images'} {', '.join(ids)}{more}"
-    begin = f" (positions in the batch that begins with {batch.ids[0]})"
-    return type(error)(f"{source.path}, {which}: {error}{begin}", error.indices)
+def run_score(
+    model: nn.Module,
+    source: ImageSource,
+    options: ScoreOptions,
+    out: Path,
+    overwrite: bool,
+    show_progress: bool | None,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Writes the scores to ``out`` and prints a summary."""
+    total = source.length
+    if options.limit is not None:
+        total = options.limit if total is None else min(total, options.limit)
+    fi = array("d")  # 8 bytes per image, for the percentiles
+    correct = 0
+    start = time.perf_counter()
+    with (
+        progress(total, show_progress) as advance,
+        ScoreFile(out, source.id_type, metadata, overwrite) as file,
+    ):
+        for scores in score(model, source, options):
+            file.write(scores)
+            fi.frombytes(scores.fi.tobytes())
+            if scores.label is not None:
+                correct += int((scores.label == scores.predicted).sum())
+            advance(len(scores.ids))
+    seconds = time.perf_counter() - start
+    n = len(fi)
+    print(percentile_table(np.frombuffer(fi)))
+    accuracy = f", accuracy {correct / n:.2%}" if source.labelled else ""
+    rate = images_per_second(n / seconds)
+    print(f"{n} images{accuracy}, {seconds:.1f} s, {rate}, in {os.fspath(out)}")

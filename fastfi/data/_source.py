@@ -36,12 +36,12 @@ class ImageSource(ABC):
 
     Attributes:
         path: the file or folder, which every error names.
-        format: "idx", "npz", "parquet" or "folder".
+        format: "idx", "npz", "parquet", "folder" or "files".
         length: number of images, None if it is not known before reading.
         shape: (C, H, W) of every image.
         labelled: whether the batches have labels.
         classes: names of the classes in the order of their numbers, None if not known.
-        id_type: "int" for row numbers, "str" for paths relative to the folder.
+        id_type: "int" for row numbers, "str" for paths (relative to the folder).
     """
 
     path: Path
@@ -55,6 +55,10 @@ class ImageSource(ABC):
     @abstractmethod
     def _read(self, batch_size: int) -> Generator[Batch, None, None]:
         """Yields the whole data set in batches of at most ``batch_size``, none of them empty."""
+
+    def ids(self) -> Sequence[int] | Sequence[str] | None:
+        """The ids of all images in order, None if they are not known before reading."""
+        return None if self.length is None or self.id_type == "str" else range(self.length)
 
     def batches(self, batch_size: int = 256, limit: int | None = None) -> Iterator[Batch]:
         """Reads the data set from its beginning.

@@ -1,11 +1,12 @@
-"""Image folders: one subfolder per class, or images without labels."""
+"""Image folders (one subfolder per class, or images without labels), and single image files."""
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,18 +14,94 @@ from fastfi.data._pixels import Color, ImageDecoder, stack
 from fastfi.data._source import Batch, ImageSource
 from fastfi.errors import DataError
 
-__all__ = ["FolderSource"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+__all__ = ["SUFFIXES", "EncodedFiles", "FilesSource", "FolderSource", "is_image"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 _SPLITS = ("train", "test", "validation", "valid", "val")
 
 
-class FolderSource(ImageSource):
+class EncodedFiles(ImageSource):
+    """Compressed images, one per file, whose names are their ids. Only the names are held.
+
+    Args:
+        root: what the names are relative to.
+        items: (name, label) of each image, at least one.
+        color: see :class:`~fastfi.data._pixels.ImageDecoder`. The first item decides for "auto".
+
+    Raises:
+        DataError: the first image cannot be decoded.
+    """
+
+    id_type = "str"
+
+    def __init__(self, root: Path, items: Sequence[tuple[str, int]], color: Color) -> None:
+        self._root, self._items, self._color = root, items, color
+        self._first = root / items[0][0]
+        self.length = len(items)
+        self.shape = self._decoder()[1]
+
+    def ids(self) -> Sequence[str]:
+        return [name for name, _ in self._items]
+
+    def only(self, names: Collection[str]) -> Self:
+        """The images of these names, in the same order; still of the same colour."""
+        chosen = copy.copy(self)
+        chosen._items = [item for item in self._items if item[0] in names]
+        chosen.length = len(chosen._items)
+        return chosen
+
+    def _decoder(self) -> tuple[ImageDecoder, tuple[int, int, int]]:
+        """A decoder that has seen the first image, and that image's shape."""
+        decoder = ImageDecoder(self._color)
+        decoder(self._first, str(self._first))
+        assert decoder.shape is not None
+        return decoder, decoder.shape
+
+    def _read(self, batch_size: int) -> Generator[Batch, None, None]:
+        decoder, _ = self._decoder()
+        for start in range(0, len(self._items), batch_size):
+            items = self._items[start : start + batch_size]
+            images: list[Any] = [decoder(self._root / n, str(self._root / n)) for n, _ in items]
+            y = torch.tensor([label for _, label in items]) if self.labelled else None
+            yield Batch([name for name, _ in items], stack(images), y)
+
+
+class FilesSource(EncodedFiles):
+    """Single image files, without labels; their ids are the paths as given.
+
+    Args:
+        files: one or several different paths.
+        color: see :class:`~fastfi.data._pixels.ImageDecoder`.
+
+    Raises:
+        DataError: no such file, not an image, images of different sizes, or a file given twice.
+    """
+
+    format = "files"
+    labelled = False
+
+    def __init__(self, files: Sequence[Path], color: Color = "auto") -> None:
+        for file in files:
+            if not file.is_file():
+                raise DataError(f"{file}: no such image file")
+            if files.count(file) > 1:
+                raise DataError(f"{file}: given more than once")
+        folders = {file.parent for file in files}
+        self.path = files[0] if len(files) == 1 else Path(os.path.commonpath(folders))
+        super().__init__(Path(), [(file.as_posix(), 0) for file in files], color)
+        decoder, _ = self._decoder()
+        for file in files[1:]:  # now, not halfway
+            decoder(file, str(file))
+
+
+class FolderSource(EncodedFiles):
     """Images in the subfolders of a folder, whose sorted names are the classes 0, 1, ...
 
-    Without subfolders, the images in the folder itself are read without labels. Only the names are
-    held in memory. Files with other suffixes than those of images, and names that start with a dot,
-    are left out.
+    Without subfolders, the images in the folder itself are read without labels. Files with other
+    suffixes than those of images, and names that start with a dot, are left out.
 
     Args:
         folder: the folder.
@@ -36,10 +113,8 @@ class FolderSource(ImageSource):
     """
 
     format = "folder"
-    id_type = "str"
 
     def __init__(self, folder: Path, split: str | None = None, color: Color = "auto") -> None:
-        self._color = color
         if split is not None and not (folder / split).is_dir():
             raise DataError(f"{folder}: no subfolder {split!r} for the split")
         self.path = folder if split is None else folder / split
@@ -53,34 +128,22 @@ class FolderSource(ImageSource):
                 f"{self.path}: holds both images ({flat[0]}, ...) and subfolders "
                 f"({subfolders[0]}, ...); expected one subfolder per class, or images alone"
             )
-        self._items = [(name, 0) for name in flat]  # (path relative to the folder, label)
+        items = [(name, 0) for name in flat]
         for label, name in enumerate(subfolders):
-            self._items += [(image, label) for image in _walk(self.path, name)]
-        if not self._items:
+            items += [(image, label) for image in _walk(self.path, name)]
+        if not items:
             raise DataError(
                 f"{self.path}: no images, in it or in its subfolders (suffixes "
-                f"{' '.join(_SUFFIXES)})"
+                f"{' '.join(SUFFIXES)})"
             )
         self.labelled = bool(subfolders)
         self.classes = tuple(subfolders) or None
-        self.length = len(self._items)
-        decoder = ImageDecoder(color)
-        first = self.path / self._items[0][0]
-        decoder(first, str(first))
-        assert decoder.shape is not None
-        self.shape = decoder.shape
-
-    def _read(self, batch_size: int) -> Generator[Batch, None, None]:
-        decoder = ImageDecoder(self._color)
-        for start in range(0, len(self._items), batch_size):
-            items = self._items[start : start + batch_size]
-            images: list[Any] = [decoder(self.path / n, str(self.path / n)) for n, _ in items]
-            y = torch.tensor([label for _, label in items]) if self.labelled else None
-            yield Batch([name for name, _ in items], stack(images), y)
+        super().__init__(self.path, items, color)
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(_SUFFIXES)
+def is_image(name: str) -> bool:
+    """Whether a file of that name is taken for an image."""
+    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
 
 
 def _listing(folder: Path) -> tuple[list[str], list[str]]:
@@ -90,7 +153,7 @@ def _listing(folder: Path) -> tuple[list[str], list[str]]:
         for entry in entries:
             if entry.is_dir() and not entry.name.startswith("."):
                 subfolders.append(entry.name)
-            elif _is_image(entry.name):
+            elif is_image(entry.name):
                 images.append(entry.name)
     return sorted(images), sorted(subfolders)
 
@@ -100,5 +163,5 @@ def _walk(root: Path, subfolder: str) -> list[str]:
     found = []
     for folder, _, names in os.walk(root / subfolder):
         relative = Path(folder).relative_to(root)
-        found += [(relative / name).as_posix() for name in names if _is_image(name)]
+        found += [(relative / name).as_posix() for name in names if is_image(name)]
     return sorted(found)
