@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from hypothesis import settings
 
 import fastfi
-from fastfi.backends import reference
+from fastfi.backends import cpu, reference, reference_windows
 
 sys.path.insert(0, str(Path(__file__).parent))  # oracle and samplers, from any working directory
 
@@ -34,6 +36,37 @@ def ops(request: pytest.FixtureRequest) -> Any:
 def kernels() -> Any:
     """The compiled ops alone, for properties that plain torch does not promise."""
     return compiled_ops()
+
+
+@pytest.fixture(params=["op", "reference", *cpu.instruction_sets()])
+def window_ops(request: pytest.FixtureRequest) -> Any:
+    """window_influence and segment_gram: as registered, in plain torch, and compiled for each
+    instruction set."""
+    return reference_windows if request.param == "reference" else _windows_of(request.param)
+
+
+@pytest.fixture(params=["op", *cpu.instruction_sets()])
+def window_kernels(request: pytest.FixtureRequest) -> Any:
+    """The compiled ones alone, for properties that plain torch does not promise."""
+    return _windows_of(request.param)
+
+
+def _windows_of(name: str) -> Any:
+    if name == "op":
+        return compiled_ops()
+    return SimpleNamespace(
+        window_influence=partial(cpu.window_influence, isa=name),
+        segment_gram=partial(cpu.segment_gram, isa=name),
+    )
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch.empty hands out holds NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def test_meta_tensors(name: str) -> None:
 def test_the_reference_is_every_devices_kernel() -> None:
     """The default kernel is registered for all devices, and the CPU's is the compiled one."""
     table = fastfi.backends()
-    assert set(table) == {"gram", *SOLVES}
+    assert set(table) == {"gram", "segment_gram", "window_influence", *SOLVES}
     for name, kernels in table.items():
         assert "reference" in kernels["default"]
         assert "C++" in kernels["cpu"]
