@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 import fastfi
-from bench import baselines
+from bench import baselines, map_baselines
+from bench.map_problems import PROBLEMS, RULES, solve_maps
 from bench.workloads import NETWORKS, network, problems
-from fastfi.backends import reference
+from fastfi.backends import reference, reference_windows
 
 __all__ = ["Check", "checks"]
 
 ops = torch.ops.fastfi
 
 SAMPLES = 4  # of each network
+WINDOWS = 60  # of each map, for the loop of SVDs
 
 
 class Check(NamedTuple):
@@ -114,7 +116,43 @@ def _networks() -> Iterator[Check]:
         yield Check(f"{name}, rows of the passes and of jacrev", difference, bound)
 
 
+def _map_difference(a: Tensor, b: Tensor) -> float:
+    """Relative to b, or to a millionth of its largest FI where that is more: a truncated map is
+    zero at places."""
+    return float(((a - b).abs() / b.clamp(min=1e-6 * float(b.max()))).max())
+
+
+def _maps() -> Iterator[Check]:
+    eps = torch.finfo(torch.float64).eps
+    for name, problem in PROBLEMS.items():
+        q = problem()
+        if q.windows > 100_000 or q.log_prob.shape[1] > 10:
+            q = q.lines(8)
+        places = map_baselines.windows_of(q, WINDOWS)
+        for rule in RULES:
+            got = solve_maps(q, rule)
+            title = f"maps, {name}, {rule}, C++ and"
+            want = solve_maps(q, rule, reference_windows.window_influence)
+            # Where the rank is deficient, the Gram matrices' rounding errors grow by the condition
+            # number that the rank decision admits; a row just above the decision for one of the
+            # two and below it for the other moves FI by as much as the decision's length.
+            exact = max(q.rows.shape[1] * eps / q.rtol**2, q.rtol)
+            bound = exact if rule == "exact" else 1e-8
+            yield Check(f"{title} reference", _map_difference(got, want), bound)
+            # Where classes are improbable, G's own singular values fall below that decision, which
+            # fastfi makes on the rows: torch.linalg and numpy drop what it keeps.
+            even = bool(q.log_prob.min() > -7)
+            bound = (exact if even else 1e-3) if rule == "exact" else 1e-6
+            want = map_baselines.eigh_maps(q, rule)
+            yield Check(f"{title} torch.linalg.eigh", _map_difference(got, want), bound)
+            loop = map_baselines.svd_loop(map_baselines.prepare(q, rule), places)
+            some = map_baselines.pick(got, places)
+            difference = _map_difference(some, torch.from_numpy(loop))
+            yield Check(f"{title} loop of two SVDs", difference, bound)
+
+
 def checks() -> Iterator[Check]:
     """Every check, computed as it is asked for."""
     yield from _operators()
     yield from _networks()
+    yield from _maps()

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-__all__ = ["AT_LEAST", "AT_MOST", "Side", "race"]
+__all__ = ["AT_LEAST", "AT_MOST", "MEMORY", "Side", "memory", "race"]
 
-AT_MOST, AT_LEAST = "at most", "at least"
+AT_MOST, AT_LEAST, MEMORY = "at most", "at least", "memory"
 
 
 @dataclass(frozen=True)
@@ -72,4 +72,34 @@ def race(
         target=target,
         work_seconds=[seconds / work.items for seconds in benchmark.stats.stats.data],
         yardstick_seconds=yards[-rounds:],
+    )
+
+
+def memory(
+    benchmark: BenchmarkFixture,
+    child: Callable[[], dict[str, int]],
+    *,
+    work: str,
+    yardstick: str,
+    section: str,
+    target: float | None = None,
+) -> None:
+    """Leaves peak memory and the yardstick's bytes in ``benchmark.extra_info``.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        child: measures in a process of its own and returns ``peak_bytes`` and ``rows_bytes``.
+        work: what the table calls the work.
+        yardstick: what it calls the rows.
+        section: the problem the table groups by.
+        target: the ratio that the peak should not exceed, None where there is none.
+    """
+    bytes_of = benchmark.pedantic(child, rounds=1)
+    benchmark.extra_info.update(
+        section=section,
+        work=work,
+        yardstick=yardstick,
+        kind=MEMORY,
+        target=target,
+        **bytes_of,
     )

@@ -1,4 +1,4 @@
-"""``make bench``: checks that the results agree, times everything, prints one Markdown table.
+"""``make bench``: checks that the results agree, times everything, prints Markdown tables.
 
 Nothing is timed if two ways to compute the same number disagree. The table's ratios are medians of
 per-round ratios of work and yardstick taken in turn (see ``bench.race``); the raw seconds of every
@@ -24,12 +24,13 @@ import torch
 
 import fastfi
 from bench.agreement import checks
-from bench.race import AT_MOST
+from bench.race import AT_MOST, MEMORY
 
-__all__ = ["environment", "main", "row"]
+__all__ = ["environment", "main", "memory_row", "row"]
 
 HERE = Path(__file__).resolve().parent
 QUANTILES = (0.2, 0.5, 0.8)
+_VERDICTS = {None: "", True: "yes", False: "**no**"}
 
 
 def _cpu() -> str:
@@ -103,6 +104,12 @@ def row(info: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _target(r: dict[str, Any], at_most: bool) -> str:
+    if r["target"] is None:
+        return ""
+    return f"≤ {r['target']:g} x" if at_most else f"≥ {r['target']:g} x faster"
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The Markdown table."""
     lines = [
@@ -113,11 +120,32 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         at_most = r["kind"] == AT_MOST
         digits, word = (".3f", "x") if at_most else (".3g", "x faster")
         ratio = f"{r['ratio']:{digits}} {word} ({r['low']:{digits}}-{r['high']:{digits}})"
-        target = "" if r["target"] is None else f"{'≤' if at_most else '≥'} {r['target']:g} {word}"
-        met = {None: "", True: "yes", False: "**no**"}[r["met"]]
         lines.append(
             f"| {r['section']} | {r['work']} | {_seconds(r['work_median'])} | {r['yardstick']} "
-            f"| {_seconds(r['yardstick_median'])} | {ratio} | {target} | {met} |"
+            f"| {_seconds(r['yardstick_median'])} | {ratio} "
+            f"| {_target(r, at_most)} | {_VERDICTS[r['met']]} |"
+        )
+    return "\n".join(lines)
+
+
+def memory_row(info: dict[str, Any]) -> dict[str, Any]:
+    """One line of the memory table from what ``memory`` left."""
+    ratio, target = info["peak_bytes"] / info["rows_bytes"], info["target"]
+    return {**info, "ratio": ratio, "met": None if target is None else ratio <= target}
+
+
+def memory_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table of peak memory."""
+    lines = [
+        "| problem | work | peak extra memory | yardstick | size | ratio | target | met |",
+        "|:--------|:-----|------------------:|:----------|-----:|------:|:-------|:----|",
+    ]
+    for r in rows:
+        peak, size = (f"{r[name] / 2**20:.1f} MiB" for name in ("peak_bytes", "rows_bytes"))
+        peak += "" if r["reset"] else " (at least)"
+        lines.append(
+            f"| {r['section']} | {r['work']} | {peak} | {r['yardstick']} | {size} "
+            f"| {r['ratio']:.2f} x | {_target(r, True)} | {_VERDICTS[r['met']]} |"
         )
     return "\n".join(lines)
 
@@ -127,7 +155,8 @@ def _describe(env: dict[str, Any]) -> str:
     return (
         f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads, kernels {kernels}, torch "
         f"{env['torch']}, Python {env['python']}, commit {env['commit']}, {env['date']}, load "
-        f"average before the run {env['load_average']}. Times are medians, per sample or problem."
+        f"average before the run {env['load_average']}. Times are medians, per sample, problem or "
+        "window."
     )
 
 
@@ -169,14 +198,17 @@ def main() -> None:
     env = environment()
     _agree()
     print(flush=True)
-    races = _time(options.selection)
+    measured = _time(options.selection)
+    races = [info for info in measured if info["kind"] != MEMORY]
     order = {section: i for i, section in enumerate(dict.fromkeys(r["section"] for r in races))}
     rows = sorted((row(info) for info in races), key=lambda r: order[r["section"]])
-    print(f"\n{table(rows)}\n\n{_describe(env)}")
+    memory = [memory_row(info) for info in measured if info["kind"] == MEMORY]
+    tables = ([table(rows)] if rows else []) + ([memory_table(memory)] if memory else [])
+    print("", *tables, _describe(env), sep="\n\n")
     options.results.mkdir(parents=True, exist_ok=True)
     name = f"{env['date'][:10]}-{env['commit'].rstrip('+')}.json"
     path = options.results / name
-    content = {"environment": env, "rows": rows, "races": races}
+    content = {"environment": env, "rows": rows, "memory": memory, "races": races}
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nWrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
