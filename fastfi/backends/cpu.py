@@ -73,9 +73,7 @@ def _check_labels(label: Tensor | None, classes: int) -> None:
     if label is not None and label.numel() > 0:
         low, high = (int(v) for v in torch.aminmax(label))
         if low < 0 or high >= classes:
-            raise ValueError(
-                f"expected label in 0..{classes - 1}, got values from {low} to {high}"
-            )
+            raise ValueError(f"expected label in 0..{classes - 1}, got values from {low} to {high}")
 
 
 def _solve(
