@@ -108,15 +108,18 @@ inline Index<VecD> label_of(const WindowProblem& p, const WindowTile& t) {
   return VecI{} + (p.label ? p.label[t.sample] : 0);
 }
 
-// kExact with fewer pixels than contrasts: the pixels are the coordinates.
+// kExact with fewer pixels than contrasts: the pixels are the coordinates. Where their own Gram
+// matrix shows that none depends on the others, nothing more is needed; elsewhere the rank is found
+// as pivoted_cholesky() does, by the largest residual.
 inline Solved<VecD> exact_from_pixels(const WindowProblem& p, const WindowTile& t, WindowWork& w,
-                                      const WindowGroup& g, int64_t column) {
+                                      const WindowGroup& g, int64_t column, VecI wanted) {
   const Objective kind = static_cast<Objective>(p.objective);
   const int64_t r = w.metric.r, n = r + (kind == Objective::kRow), d = g.pixels();
   VecD* pixels = w.scratch;
   VecD* inv_pivot = pixels + d * n;
   VecI* pivot = reinterpret_cast<VecI*>(inv_pivot + d);
   VecD* equal = reinterpret_cast<VecD*>(pivot + d);
+  VecD* gram = reinterpret_cast<VecD*>(w.matrix);
   Coordinates<VecD> c;
   c.factor = equal + r;
   VecD* rest = c.factor + d * n;
@@ -128,13 +131,26 @@ inline Solved<VecD> exact_from_pixels(const WindowProblem& p, const WindowTile& 
     c.largest = select(square > c.largest, square, c.largest);
     equal[k] = VecD{};
   }
-  c.dimension = weighted_pivots(pixels, equal, d, n, r, c.largest * p.tolerance, c.factor,
-                                inv_pivot, pivot, rest);
-  c.smallest = c.largest;
-  for (int64_t i = 0; i < d; ++i) {
-    const VecI live = inv_pivot[i] > 0.0;
-    const VecD inv = select(live, inv_pivot[i], VecD{} + 1.0), square = 1.0 / (inv * inv);
-    c.smallest = select(live & (square < c.smallest), square, c.smallest);
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j <= i; ++j) gram[packed(i, j)] = dot(pixels + i * n, pixels + j * n, r);
+  // d eigenvalues above x leave, at every step before the d-th, a residual above x / r.
+  const double least = 2.0 * static_cast<double>(r) * p.tolerance;
+  const VecI sure = surely_above<VecD, 0>(gram, d, c.largest * least) & (c.largest > 0.0);
+  c.dimension = VecD{} + static_cast<double>(d);
+  c.smallest = c.largest;  // not of a Gram matrix, whose rounding it would magnify
+  if (any(wanted & negate(sure))) {
+    const VecD rank = weighted_pivots(pixels, equal, d, n, r, c.largest * p.tolerance, c.factor,
+                                      inv_pivot, pivot, rest);
+    c.dimension = select(sure, c.dimension, rank);
+    for (int64_t i = 0; i < d; ++i) {
+      const VecI live = negate(sure) & (inv_pivot[i] > 0.0);
+      const VecD inv = select(live, inv_pivot[i], VecD{} + 1.0), square = 1.0 / (inv * inv);
+      c.smallest = select(live & (square < c.smallest), square, c.smallest);
+    }
+    gather_pixels(w, g, n, tile_stride(p), column, pixels);
+    for (int64_t i = 0; i < d * n; ++i) c.factor[i] = select(sure, pixels[i], c.factor[i]);
+  } else {
+    c.factor = pixels;
   }
   Solved<VecD> s;
   solve_coordinates(c, w.sqrt_p, w.weight2, label_of(p, t), w.grad, kind, n, r, d, p.row_tolerance,
@@ -282,17 +298,17 @@ Solved<Pair> solve_group(const WindowProblem& p, const WindowTile& t, WindowWork
     wait_for_solve(p, w, g, column, r + own_row, place, left);
     return s;
   }
-  const auto again = [&](const WindowGroup& half, int64_t at) {
+  const auto again = [&](const WindowGroup& half, int64_t at, VecI wanted) {
     return p.rule == Rule::kTruncated ? truncated_again(p, t, w, half)
-                                      : exact_from_pixels(p, t, w, half, at);
+                                      : exact_from_pixels(p, t, w, half, at, wanted);
   };
   if (any(left.lo)) {
-    const Solved<VecD> lo = again(g, column);
+    const Solved<VecD> lo = again(g, column, left.lo);
     s.fi.lo = select(left.lo, lo.fi, s.fi.lo);
     s.rank.lo = select(left.lo, lo.rank, s.rank.lo);
   }
   if (any(left.hi)) {
-    const Solved<VecD> hi = again(second, column + kLanes);
+    const Solved<VecD> hi = again(second, column + kLanes, left.hi);
     s.fi.hi = select(left.hi, hi.fi, s.fi.hi);
     s.rank.hi = select(left.hi, hi.rank, s.rank.hi);
   }

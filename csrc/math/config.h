@@ -14,6 +14,12 @@
 #define FASTFI_HD inline
 #endif
 
+#if defined(__GNUC__) || defined(__CUDACC__)
+#define FASTFI_RESTRICT __restrict__
+#else
+#define FASTFI_RESTRICT
+#endif
+
 #ifndef FASTFI_ISA
 #define FASTFI_ISA scalar
 #endif

@@ -14,7 +14,8 @@ FASTFI_BEGIN
 // first unit vector. Returns |x|; x is overwritten. p [m] is scratch. MS > 0 fixes m at compile
 // time.
 template <class V, int MS>
-FASTFI_HD V reflect(V* a, int64_t n, int64_t m_, V* x, V* p) {
+FASTFI_HD V reflect(V* FASTFI_RESTRICT a, int64_t n, int64_t m_, V* FASTFI_RESTRICT x,
+                    V* FASTFI_RESTRICT p) {
   const int64_t m = MS > 0 ? MS : m_, first = n - m;
   const V square = dot(x, x, m);
   const Mask<V> live = square > 0.0;
@@ -120,9 +121,9 @@ FASTFI_HD Mask<V> tridiagonal_ql(V* d, V* e, V* z, int64_t n, V floor) {
         break;
       }
       const V el = select(turn, e[l], V{} + 1.0);
-      const V g = (d[l + 1] - d[l]) / (2.0 * el);
-      const V root = sqrt_of(g * g + 1.0);
-      const V shift = d[l] - el / (g + select(g < 0.0, -root, root));
+      const V half = 0.5 * (d[l + 1] - d[l]), square = half * half + el * el;
+      const V root = square * inv_sqrt_of(square);
+      const V shift = d[l] - el * el / (half + select(half < 0.0, -root, root));
       ql_sweep(d, e, z, l, n, turn, shift, floor, least_square);
     }
   }
@@ -150,7 +151,10 @@ FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, doub
   *fi_out = V{};
   *rank_out = V{};
   Mask<V> above = trace > cut;  // else no eigenvalue is
-  if (!any(above)) return above;
+  // Squares of what follows must neither overflow nor underflow.
+  const Mask<V> extreme = above & ((trace > 1e100) | (trace * 0.0 + cut < 1e-100));
+  above = above & negate(extreme);
+  if (!any(above)) return extreme;
 
   const V rounding = trace * 2.220446049250313e-16;
   Mask<V> whole = negate(above) & above;
@@ -165,7 +169,7 @@ FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, doub
       *fi_out = select(whole, V{} + all, V{});
       *rank_out = select(whole, V{} + static_cast<double>(r), V{});
       above = above & negate(whole);
-      if (!any(above)) return above;
+      if (!any(above)) return extreme;
     }
   }
 
@@ -212,7 +216,7 @@ FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, doub
   *rank_out = select(above, rank, *rank_out);
   const V error =
       2.0 * noise * (last * first + dropped * turned) + 8.0 * 2.220446049250313e-16 * last;
-  return above & (doubtful | ((error > fi * 2e-9) & (length > 0.0)));
+  return extreme | (above & (doubtful | ((error > fi * 2e-9) & (length > 0.0))));
 }
 
 FASTFI_END
