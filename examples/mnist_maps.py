@@ -73,7 +73,7 @@ def best_pixel(model: nn.Module, x: Tensor) -> Tensor:
     """Whether any single pixel changes the prediction, [B] bool: every pixel is tried."""
     size = x[0, 0].numel()
     each = torch.eye(size).reshape(size, *x.shape[2:])
-    tried = [one_pixel(model, v.expand(size, *v.shape), maps=each, steps=STEPS) for v in x]
+    tried = [one_pixel(model, v.expand(size, *v.shape), None, map=each, steps=STEPS) for v in x]
     return torch.stack([result.success.any() for result in tried])
 
 
@@ -215,7 +215,7 @@ def main() -> None:
     columns = [(name, pixels) for pixels in (1, 5) for name in groups]
     attacks = {
         method: [
-            one_pixel(model, x[groups[g]], maps=scores[g][method], pixels=n, steps=STEPS)
+            one_pixel(model, x[groups[g]], None, map=scores[g][method], pixels=n, steps=STEPS)
             for g, n in columns
         ]
         for method in scores["top"]

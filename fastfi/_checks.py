@@ -152,6 +152,10 @@ def check_lump(lump: float | None) -> None:
         raise OptionError(f"lump: expected a probability mass between 0 and 1, got {lump!r}")
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
     """Distinct odd numbers of pixels, as a tuple of int."""
     expected = "scales: expected distinct odd numbers of pixels, such as (1, 3, 5, 7)"
@@ -159,7 +163,7 @@ def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
         values = tuple(scales)
     except TypeError as error:
         raise OptionError(f"{expected}, got {scales!r}") from error
-    odd = all(isinstance(s, numbers.Integral) and s >= 1 and s % 2 == 1 for s in values)
+    odd = all(_is_whole(s) and s >= 1 and s % 2 == 1 for s in values)
     if not values or not odd or len(set(values)) < len(values):
         raise OptionError(f"{expected}, got {scales!r}")
     return tuple(map(int, values))
@@ -210,6 +214,11 @@ def check_regions(regions: Any, x: Tensor) -> tuple[Tensor, int]:
         raise InputError(
             "regions: expected values from -1 (background) up with at least one region, got "
             f"values from {low} to {high}"
+        )
+    if high >= maps.shape[1]:
+        raise InputError(
+            f"regions: expected numbers below the number of pixels, {maps.shape[1]}, got up to "
+            f"{high}; torch.unique(regions, return_inverse=True) numbers them from 0"
         )
     return maps, high + 1
 

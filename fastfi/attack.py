@@ -92,28 +92,28 @@ def _check_bounds(bounds: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _check_maps(maps: Any, x: Tensor) -> Tensor:
+def _check_map(map: Any, x: Tensor) -> Tensor:
     """The scores of the pixels, [B, P], summed over channels."""
     batch, channels, spatial = x.shape[0], x.shape[1], list(x.shape[2:])
     expected = (
-        f"maps: expected one score for each pixel, shape {[batch, *spatial]}, or "
+        f"map: expected one score for each pixel, shape {[batch, *spatial]}, or "
         f"{[batch, channels, *spatial]}"
     )
-    if not isinstance(maps, Tensor):
-        hint = "; pick one scale: maps.fi[:, s]" if hasattr(maps, "fi") else ""
-        raise InputError(f"{expected}, got {type(maps).__name__}{hint}")
-    shape = list(maps.shape)
+    if not isinstance(map, Tensor):
+        hint = "; pick one scale: maps.fi[:, s]" if hasattr(map, "fi") else ""
+        raise InputError(f"{expected}, got {type(map).__name__}{hint}")
+    shape = list(map.shape)
     if shape not in ([batch, *spatial], [batch, channels, *spatial]):
         scaled = len(shape) > 2 and shape[0] == batch and shape[-len(spatial) :] == spatial
         hint = "; pick one scale of an influence map: maps[:, s]" if scaled else ""
         raise InputError(f"{expected}, got shape {shape}{hint}")
-    if maps.is_complex():
-        raise InputError(f"maps: expected real scores, got {maps.dtype}")
-    scores = maps.detach().to(x.device, torch.float64)
+    if map.is_complex():
+        raise InputError(f"map: expected real scores, got {map.dtype}")
+    scores = map.detach().to(x.device, torch.float64)
     scores = scores.reshape(batch, -1, x.shape[2:].numel()).sum(1)  # [B, P]
     bad = scores.isnan().any(1).nonzero().flatten().tolist()
     if bad:
-        raise NonFiniteError("maps: expected scores, got NaN in samples {samples}", bad)
+        raise NonFiniteError("map: expected scores, got NaN in samples {samples}", bad)
     return scores
 
 
@@ -242,9 +242,9 @@ def _climb(search: _Search, low: Tensor, high: Tensor, steps: int, sweeps: int) 
 def one_pixel(
     model: Any,
     x: Tensor,
-    y: Tensor | None = None,
+    y: Tensor | None,
+    map: Tensor,
     *,
-    maps: Tensor,
     pixels: int = 1,
     bounds: tuple[Any, Any] = (0.0, 1.0),
     steps: int = 17,
@@ -252,7 +252,7 @@ def one_pixel(
     outputs: str = "logits",
     batch_size: int = 256,
 ) -> OnePixel:
-    """Changes the ``pixels`` pixels with the largest scores in ``maps`` so that class y loses most:
+    """Changes the ``pixels`` pixels with the largest scores in ``map`` so that class y loses most:
     the attack of Shu and Zhu, "Sensitivity Analysis of Deep Neural Networks", AAAI 2019
     (arXiv 1901.07152), Figure 7.
 
@@ -280,7 +280,7 @@ def one_pixel(
         x: floating-point signals [B, C, T], images [B, C, H, W] or volumes [B, C, D, H, W], within
             ``bounds``.
         y: integer labels [B], or None for the predicted class.
-        maps: scores [B, *spatial], or [B, C, *spatial], which are summed over the channels; larger
+        map: scores [B, *spatial], or [B, C, *spatial], which are summed over the channels; larger
             is changed first; inf is allowed. With more than one scale, pick one: ``maps[:, s]``.
             [B, S, H, W] with S = C cannot be told from [B, C, H, W].
         pixels: how many pixels to change, at least 1. All channels of a pixel are changed.
@@ -298,13 +298,13 @@ def one_pixel(
 
     Raises:
         InputError: x lies outside of ``bounds`` by more than a thousandth of their width, or has no
-            spatial dimensions; maps have another shape. OptionError: pixels, bounds, steps, sweeps,
-            batch_size. NonFiniteError: also for NaN in maps. And the other exceptions of
+            spatial dimensions; map has another shape. OptionError: pixels, bounds, steps, sweeps,
+            batch_size. NonFiniteError: also for NaN in map. And the other exceptions of
             :func:`influence` that do not concern gradients.
 
     Example:
         >>> maps = fastfi.influence_map(model, x, scales=(1,))[:, 0]  # x [B, C, H, W]
-        >>> fastfi.attack.one_pixel(model, x, maps=maps).success.double().mean()
+        >>> fastfi.attack.one_pixel(model, x, None, maps).success.double().mean()
     """
     q = Request.checked(model, x, y, outputs=outputs)
     if x.dim() not in (3, 4, 5):
@@ -318,7 +318,7 @@ def one_pixel(
     sweeps = _check_integer(sweeps, "sweeps", 0)
     batch_size = _check_integer(batch_size, "batch_size", 1)
     low, high = _check_bounds(bounds, q.x)
-    scores = _check_maps(maps, q.x)
+    scores = _check_map(map, q.x)
 
     plan = ChunkPlan(None, x, batch_size)
     z = _joined(len(x), plan, lambda part: forward(model, x[part], outputs))

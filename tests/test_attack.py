@@ -70,7 +70,7 @@ def test_one_grey_pixel_is_searched_exhaustively(labels: str) -> None:
     z = model(x).detach()
     y = torch.arange(40) % 4
     scores = torch.rand(40, 5, 5, generator=torch.Generator().manual_seed(2))
-    result = one_pixel(model, x, None if labels == "predicted" else y, maps=scores, steps=6)
+    result = one_pixel(model, x, None if labels == "predicted" else y, map=scores, steps=6)
     target = z.argmax(1) if labels == "predicted" else y
     assert torch.equal(result.label, target)
     assert torch.equal(result.label_before, z.argmax(1))
@@ -107,7 +107,7 @@ def test_samples_that_were_misclassified_count_as_no_success() -> None:
     model = conv_net(1, 5, 4, seed=1)
     x = images(12, 1, 5)
     wrong = (model(x).argmax(1) + 1) % 4
-    result = one_pixel(model, x, wrong, maps=torch.ones(12, 5, 5))
+    result = one_pixel(model, x, wrong, map=torch.ones(12, 5, 5))
     assert not result.success.any()
     assert (result.label_before != result.label).all()
     assert (result.log_prob_after <= result.log_prob_before).any()
@@ -119,7 +119,7 @@ def test_corners_are_exhausted_while_they_are_few(channels: int, pixels: int) ->
     model = conv_net(channels, 4, 5, seed=3)
     x = images(10, channels, 4)
     scores = torch.rand(10, 4, 4, generator=torch.Generator().manual_seed(4))
-    result = one_pixel(model, x, maps=scores, pixels=pixels, sweeps=0)
+    result = one_pixel(model, x, None, map=scores, pixels=pixels, sweeps=0)
     corners = torch.tensor([[0.0, 1.0]]).double().expand(channels, 2)
     improved = 0
     for b in range(10):
@@ -157,14 +157,14 @@ def test_coordinate_ascent_finds_the_grid_optimum_of_a_separable_model(
     x = torch.ones(6, channels, 4, 4, dtype=torch.float64)
     label = torch.zeros(6, dtype=torch.int64)
     scores = torch.rand(6, 4, 4, generator=torch.Generator().manual_seed(6))
-    result = one_pixel(bowl(peak), x, label, maps=scores, pixels=pixels, steps=5)
+    result = one_pixel(bowl(peak), x, label, map=scores, pixels=pixels, steps=5)
     rows, columns = result.positions.unbind(2)
     expected = peak[0][:, rows, columns].permute(1, 2, 0)
     torch.testing.assert_close(result.values, expected, rtol=0.0, atol=1e-15)
     size = channels * pixels
     corners = 2**size if size <= 8 else 2
     assert set(result.evaluations.tolist()) <= {2 + corners + 5 * size * s for s in (1, 2)}
-    half_way = one_pixel(bowl(peak), x, label, maps=scores, pixels=pixels, steps=5, sweeps=0)
+    half_way = one_pixel(bowl(peak), x, label, map=scores, pixels=pixels, steps=5, sweeps=0)
     assert not torch.equal(half_way.values, result.values)
 
 
@@ -173,7 +173,7 @@ def test_the_end_is_a_maximum_of_every_single_value() -> None:
     model = conv_net(3, 4, 5, seed=7)
     x = images(6, 3, 4)
     scores = torch.rand(6, 4, 4, generator=torch.Generator().manual_seed(8))
-    result = one_pixel(model, x, maps=scores, pixels=3, steps=5, sweeps=20)
+    result = one_pixel(model, x, None, map=scores, pixels=3, steps=5, sweeps=20)
     for b in range(6):
         label = int(result.label[b])
         reached = float(margin(model, result.x[b : b + 1], label))
@@ -185,7 +185,7 @@ def test_the_end_is_a_maximum_of_every_single_value() -> None:
             other[0, c, row, column] = value
             # rounding of logits of size 10
             assert float(margin(model, other, label)) <= reached + 1e-13
-    one_round = one_pixel(model, x, maps=scores, pixels=3, steps=5, sweeps=1)
+    one_round = one_pixel(model, x, None, map=scores, pixels=3, steps=5, sweeps=1)
     assert (one_round.evaluations <= result.evaluations).all()
     assert (one_round.evaluations < result.evaluations).any()
 
@@ -202,7 +202,7 @@ def test_a_sample_that_no_value_improves_stays_and_drops_out() -> None:
     x[0, 0, 3, 3] = 0.5
     maps = torch.zeros(3, 4, 4)
     maps[:, 0, :2] = 1.0
-    result = one_pixel(model, x, maps=maps, pixels=2, steps=4, sweeps=30)
+    result = one_pixel(model, x, None, map=maps, pixels=2, steps=4, sweeps=30)
     assert torch.equal(result.x[0], x[0])
     assert not torch.equal(result.x[1], x[1])
     assert int(result.evaluations[0]) == 1 + 2**2 + 2 * 4 + 1
@@ -220,12 +220,12 @@ def test_the_batch_size_changes_nothing(batch_size: int) -> None:
 
     x = images(9, 2, 4)
     scores = torch.rand(9, 4, 4, generator=torch.Generator().manual_seed(10))
-    small = one_pixel(model, x, maps=scores, pixels=2, steps=4, batch_size=batch_size)
+    small = one_pixel(model, x, None, map=scores, pixels=2, steps=4, batch_size=batch_size)
     assert max(seen) <= batch_size
     if batch_size == 1000:
         assert max(seen) == 9 * 2**4  # all corners of all samples in one pass
     assert sum(seen) == int(small.evaluations.sum())
-    whole = one_pixel(inner, x, maps=scores, pixels=2, steps=4)
+    whole = one_pixel(inner, x, None, map=scores, pixels=2, steps=4)
     for name, got, expected in zip(small._fields, small, whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13, msg=name)
 
@@ -246,9 +246,9 @@ def test_bounds_by_channel_for_normalised_inputs() -> None:
         return (v - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
 
     scores = torch.rand(8, 4, 4, generator=torch.Generator().manual_seed(12))
-    plain = one_pixel(model, x, maps=scores)
+    plain = one_pixel(model, x, None, map=scores)
     bounds = (-mean / deviation, (1 - mean) / deviation)
-    other = one_pixel(normalised, encode(x), maps=scores, bounds=bounds)
+    other = one_pixel(normalised, encode(x), None, map=scores, bounds=bounds)
     torch.testing.assert_close(other.values, (plain.values - mean) / deviation)
     assert torch.equal(other.label_after, plain.label_after)
     torch.testing.assert_close(other.log_prob_after, plain.log_prob_after)
@@ -259,15 +259,15 @@ def test_maps_with_channels_are_summed_and_ties_are_taken_in_order() -> None:
     x = images(1, 2, 3)
     maps = torch.zeros(1, 2, 3, 3)
     maps[0, 0, 2, 1], maps[0, 0, 0, 1], maps[0, 1, 0, 1] = 3.0, 2.0, 2.0
-    result = one_pixel(model, x, maps=maps, pixels=4, sweeps=0)
+    result = one_pixel(model, x, None, map=maps, pixels=4, sweeps=0)
     assert result.positions.tolist() == [[[0, 1], [2, 1], [0, 0], [0, 2]]]
     wide = torch.rand(1, 2, 64, 64, dtype=torch.float64)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(2 * 64 * 64, 3)).double()
-    result = one_pixel(linear, wide, maps=torch.ones(1, 64, 64), pixels=40, steps=2, sweeps=0)
+    result = one_pixel(linear, wide, None, map=torch.ones(1, 64, 64), pixels=40, steps=2, sweeps=0)
     assert result.positions[0].tolist() == [[0, column] for column in range(40)]
     infinite = maps.clone()
     infinite[0, 1, 2, 2] = torch.inf
-    assert one_pixel(model, x, maps=infinite).positions.tolist() == [[[2, 2]]]
+    assert one_pixel(model, x, None, map=infinite).positions.tolist() == [[[2, 2]]]
 
 
 @pytest.mark.parametrize("spatial", [(11,), (3, 4), (2, 3, 4)])
@@ -277,7 +277,7 @@ def test_signals_images_and_volumes(spatial: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(2 * size, 3)).double()
     x = torch.rand(5, 2, *spatial, dtype=torch.float64)
     scores = torch.rand(5, *spatial)
-    result = one_pixel(model, x, maps=scores, pixels=2)
+    result = one_pixel(model, x, None, map=scores, pixels=2)
     assert result.positions.shape == (5, 2, len(spatial))
     assert result.values.shape == (5, 2, 2)
     largest = [scores[(b, *at)] for b, at in enumerate(result.positions[:, 0].tolist())]
@@ -301,8 +301,8 @@ def test_a_single_logit_and_probabilities() -> None:
         return torch.cat([1 - p, p], 1)
 
     one, two = (
-        one_pixel(logit, x, maps=maps),
-        one_pixel(probs, x, maps=maps, outputs="probs"),
+        one_pixel(logit, x, None, map=maps),
+        one_pixel(probs, x, None, map=maps, outputs="probs"),
     )
     assert torch.equal(one.label, (logit(x) > 0).long().squeeze(1))
     assert torch.equal(one.values, two.values)
@@ -313,23 +313,23 @@ def test_arguments_are_left_alone_and_nothing_records_gradients() -> None:
     model = conv_net(1, 5, 4, seed=16)
     x = images(4, 1, 5).requires_grad_()
     before = x.detach().clone()
-    result = one_pixel(model, x, maps=torch.ones(4, 5, 5))
+    result = one_pixel(model, x, None, map=torch.ones(4, 5, 5))
     assert torch.equal(x.detach(), before)
     assert not result.x.requires_grad and not result.log_prob_after.requires_grad
     with torch.inference_mode():
-        again = one_pixel(model, before.clone(), maps=torch.ones(4, 5, 5))
+        again = one_pixel(model, before.clone(), None, map=torch.ones(4, 5, 5))
     assert torch.equal(again.x, result.x)
 
 
 X = torch.full((4, 2, 5, 6), 0.5)
 MAPS = torch.rand(4, 5, 6)
 WRONG = [
-    ({"maps": MAPS[:3]}, fastfi.InputError, "maps: expected", "got shape [3, 5, 6]"),
-    ({"maps": MAPS.mT}, fastfi.InputError, "[4, 5, 6], or [4, 2, 5, 6]", "got shape [4, 6, 5]"),
-    ({"maps": torch.rand(4, 3, 2, 5, 6)}, fastfi.InputError, "[4, 3, 2, 5, 6]", "maps[:, s]"),
-    ({"maps": torch.rand(4, 3, 5, 6)}, fastfi.InputError, "[4, 3, 5, 6]", "maps[:, s]"),
-    ({"maps": [1.0]}, fastfi.InputError, "maps: expected one score for each pixel", "got list"),
-    ({"maps": MAPS + 0j}, fastfi.InputError, "expected real scores", "complex"),
+    ({"map": MAPS[:3]}, fastfi.InputError, "map: expected", "got shape [3, 5, 6]"),
+    ({"map": MAPS.mT}, fastfi.InputError, "[4, 5, 6], or [4, 2, 5, 6]", "got shape [4, 6, 5]"),
+    ({"map": torch.rand(4, 3, 2, 5, 6)}, fastfi.InputError, "[4, 3, 2, 5, 6]", "maps[:, s]"),
+    ({"map": torch.rand(4, 3, 5, 6)}, fastfi.InputError, "[4, 3, 5, 6]", "maps[:, s]"),
+    ({"map": [1.0]}, fastfi.InputError, "map: expected one score for each pixel", "got list"),
+    ({"map": MAPS + 0j}, fastfi.InputError, "expected real scores", "complex"),
     ({"pixels": 0}, fastfi.OptionError, "pixels: expected a whole number from 1 to 30", "got 0"),
     ({"pixels": 31}, fastfi.OptionError, "pixels: expected a whole number from 1 to 30", "got 31"),
     ({"pixels": 1.0}, fastfi.OptionError, "pixels: expected a whole number", "got 1.0"),
@@ -352,22 +352,22 @@ def test_errors(options, kind, expected, came):
     model = nn.Sequential(nn.Flatten(), nn.Linear(60, 3))
     pattern = ".*".join(map(re.escape, (expected, came)))
     with pytest.raises(kind, match=pattern):
-        one_pixel(model, X, **{"maps": MAPS, **options})
+        one_pixel(model, X, **{"y": None, "map": MAPS, **options})
 
 
 def test_errors_of_an_influence_map_and_of_nan():
     model = nn.Sequential(nn.Flatten(), nn.Linear(60, 3)).eval()
     maps = fastfi.influence_map(model, X, scales=(1, 3), full_output=True)
     with pytest.raises(fastfi.InputError, match=re.escape("pick one scale: maps.fi[:, s]")):
-        one_pixel(model, X, maps=maps)
-    one_pixel(model, X, maps=maps.fi[:, 1])
+        one_pixel(model, X, None, map=maps)
+    one_pixel(model, X, None, map=maps.fi[:, 1])
     scores = MAPS.clone()
     scores[2, 0, 0] = torch.nan
     with pytest.raises(fastfi.NonFiniteError, match="NaN in samples 2") as caught:
-        one_pixel(model, X, maps=scores)
+        one_pixel(model, X, None, map=scores)
     assert caught.value.indices == (2,)
     with pytest.raises(fastfi.InputError, match=re.escape("got shape [4, 60]")):
-        one_pixel(model, X.flatten(1), maps=MAPS)
+        one_pixel(model, X.flatten(1), None, map=MAPS)
 
 
 def test_logits_that_are_not_finite_name_the_sample_once():
@@ -383,7 +383,7 @@ def test_logits_that_are_not_finite_name_the_sample_once():
     maps = torch.zeros(5, 2, 2)
     maps[:, 0, 0] = 1.0
     with pytest.raises(fastfi.NonFiniteError, match=r"in samples 2, 3$") as caught:
-        one_pixel(model, x, maps=maps)
+        one_pixel(model, x, None, map=maps)
     assert caught.value.indices == (2, 3)
 
 
@@ -396,6 +396,6 @@ def test_running_out_of_memory_halves_the_batches():
         return inner(x)
 
     x = images(7, 1, 4)
-    result = one_pixel(model, x, maps=torch.ones(7, 4, 4), pixels=2)
-    expected = one_pixel(inner, x, maps=torch.ones(7, 4, 4), pixels=2)
+    result = one_pixel(model, x, None, map=torch.ones(7, 4, 4), pixels=2)
+    expected = one_pixel(inner, x, None, map=torch.ones(7, 4, 4), pixels=2)
     torch.testing.assert_close(result.x, expected.x)

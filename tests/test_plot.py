@@ -220,7 +220,7 @@ def attacked() -> tuple[Tensor, Tensor, OnePixel]:
     with torch.no_grad():
         model[1].weight.mul_(6)
     x, scores = some(3, 1, 5, 6), some(3, 5, 6, seed=2)
-    return x, scores, one_pixel(model, x, maps=scores, pixels=2)
+    return x, scores, one_pixel(model, x, None, map=scores, pixels=2)
 
 
 def test_attack_shows_both_images_and_marks_the_pixels(attacked):
