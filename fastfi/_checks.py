@@ -160,10 +160,10 @@ def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
     """Distinct odd numbers of pixels, as a tuple of int."""
     expected = "scales: expected distinct odd numbers of pixels, such as (1, 3, 5, 7)"
     try:
-        values = tuple(scales)
+        values = tuple(scales.tolist() if isinstance(scales, Tensor) else scales)
     except TypeError as error:
         raise OptionError(f"{expected}, got {scales!r}") from error
-    odd = all(_is_whole(s) and s >= 1 and s % 2 == 1 for s in values)
+    odd = all(_is_whole(s) and 1 <= s < 2**31 and s % 2 == 1 for s in values)
     if not values or not odd or len(set(values)) < len(values):
         raise OptionError(f"{expected}, got {scales!r}")
     return tuple(map(int, values))
@@ -192,7 +192,11 @@ def _spatial_map(values: Any, x: Tensor, name: str, kind: str) -> Tensor:
     try:
         values = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name}: expected {kind}, got {type(values).__name__}") from error
+        came = f"{type(values).__name__} ({error})"
+        raise InputError(f"{name}: expected {kind}, got {came}") from error
+    if values.layout != torch.strided or values.is_meta:
+        came = f"layout {values.layout} on {values.device}"
+        raise InputError(f"{name}: expected {kind} in a dense tensor, got {came}")
     spatial = list(x.shape[2:]) or [x.shape[1]]
     shape = list(values.shape)
     if shape not in (spatial, [x.shape[0], *spatial]):

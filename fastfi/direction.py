@@ -133,4 +133,5 @@ def direction(
         v = v / torch.where(length > 0, length, 1.0)
         return _Part(v.to(x.dtype).reshape(-1, *x.shape[1:]))
 
-    return sweep(q, work).v
+    # Rows in float64 and, within a region, a copy of them.
+    return sweep(q, work, row_copies=2 if mask is None else 3).v

@@ -77,7 +77,7 @@ def forward(model: Any, x: Tensor, outputs: str) -> Tensor:
         OutputError: the model's output is not a batch of class scores.
         NonFiniteError: an output is NaN or infinite, or a probability is 0.
     """
-    z = _tensor(model(x))
+    z = _tensor(model(x.clone()))  # a copy, so that a model may work in place on its input
     batch = x.shape[0]
     if not z.is_floating_point():
         raise OutputError(f"model: expected floating-point {outputs}, got {z.dtype}")

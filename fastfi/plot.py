@@ -136,7 +136,8 @@ def _without_ticks(grid: np.ndarray) -> None:
 
 def _check_sequence(values: Sequence[Any] | None, name: str, count: int, of: str) -> None:
     """OptionError unless ``values`` is None or has one entry for each of ``count`` things."""
-    if values is not None and (isinstance(values, str) or len(values) != count):
+    fits = isinstance(values, (Sequence, np.ndarray, Tensor)) and not isinstance(values, str)
+    if values is not None and not (fits and len(values) == count):
         raise OptionError(f"{name}: expected one for each of {count} {of}, got {values!r}")
 
 
@@ -184,7 +185,8 @@ def influence_map(
         A new Figure.
 
     Raises:
-        InputError: shapes do not fit. OptionError: an option has no meaning.
+        InputError: shapes do not fit. OptionError: an option has no meaning. matplotlib's own
+            errors for colour maps and sizes that it does not know.
         MissingExtraError: matplotlib is not installed.
     """
     if channels not in ("mean", "max"):
@@ -272,7 +274,8 @@ def attack(
         A new Figure.
 
     Raises:
-        InputError: shapes do not fit. OptionError: an option has no meaning.
+        InputError: shapes do not fit. OptionError: an option has no meaning. matplotlib's own
+            errors for colour maps and sizes that it does not know.
         MissingExtraError: matplotlib is not installed.
     """
     images, _ = _images(x, batch=True)

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from fastfi._checks import check_regions
+from fastfi.errors import InputError
 from fastfi.influence import check_dtype, finish
-from fastfi.inverse import Damped, Exact, Inverse, as_inverse, solve
+from fastfi.inverse import Damped, Inverse, as_inverse, solve
 from fastfi.objectives import Objective
 from fastfi.rows import InputRows, damping, gram_of
 from fastfi.sweep import Request, sweep
 
 __all__ = ["RegionInfluence", "region_influence"]
 
-_BLOCK = 1 << 23  # numbers of the Gram matrices that are held at once
+_BLOCK_BYTES = 64 << 20  # of the Gram matrices that are held at once, or a quarter of the budget
 
 
 class RegionInfluence(NamedTuple):
@@ -91,8 +92,8 @@ def region_influence(
         :class:`RegionInfluence`.
 
     Raises:
-        InputError: ``regions`` has another shape, no region, or values below -1; and the
-            exceptions of :func:`influence`.
+        InputError: ``regions`` has another shape, no region, values below -1, or values that are
+            not below the number of pixels; and the exceptions of :func:`influence`.
 
     Example:
         >>> patches = torch.arange(14 * 14).reshape(14, 14)  # of 16 x 16 pixels
@@ -102,6 +103,9 @@ def region_influence(
     """
     check_dtype(dtype)
     rule = as_inverse(inverse)
+    if regions is None:
+        raise InputError("regions: expected integers, as the fourth argument (y=None for the "
+                         "predicted class), got None")  # fmt: skip
     q = Request.checked(
         model, x, y, objective=objective, outputs=outputs, lump=lump, memory_budget=memory_budget
     )
@@ -109,6 +113,7 @@ def region_influence(
     channels = x.shape[1] if x.dim() > 2 else 1
     order, bounds = _sorted(maps, count)
     bounds = bounds * channels
+    block = _BLOCK_BYTES if memory_budget is None else min(_BLOCK_BYTES, memory_budget // 4)
 
     def work(data: InputRows, at: Tensor) -> RegionInfluence:
         c = data.classes
@@ -117,23 +122,19 @@ def region_influence(
         tau = damping(rule, data) if isinstance(rule, Damped) else None
         if tau is None:
             gram_of(data)  # raises where rows are not finite
-        size = max(1, _BLOCK // (rows.shape[0] * rows.shape[1] ** 2))
+        size = max(1, block // (8 * rows.shape[0] * rows.shape[1] ** 2))
         fis, ranks = [], []
         for first in range(0, count, size):
             part = bounds[mine, first : min(first + size, count) + 1]
             gram = torch.ops.fastfi.segment_gram(rows, part)  # [b, g, n, n]
             fi, rank = solve(rule, gram, c.log_prob, data.label, data.grad, data.rtol, tau)
             fis.append(fi)
-            if rank is not None:
+            if rank is not None and full_output:
                 ranks.append(rank)
         label = c.predicted if q.y is None else q.y[at]
         log_prob = c.full_log_prob.gather(1, label[:, None]).squeeze(1)
         fi = finish(torch.cat(fis, 1), dtype, data.dtype)
         return RegionInfluence(fi, torch.cat(ranks, 1) if ranks else None, label, log_prob)
 
-    result = sweep(q, work, extra_bytes=_extra_bytes(rule, count))
+    result = sweep(q, work, extra_bytes=8 * count * (2 if full_output else 1), row_copies=1)
     return result if full_output else result.fi
-
-
-def _extra_bytes(rule: Inverse, count: int) -> int:
-    return 8 * count * (2 if isinstance(rule, Exact) else 1)

@@ -123,8 +123,7 @@ def record(model: Any, x: Tensor, outputs: str, meter: ActivationMeter | None = 
     with torch.inference_mode(False):
         leaf = _leaf(x).requires_grad_()
         with torch.enable_grad(), eagerly(), meter or nullcontext():
-            # A copy, so that a model may work in place on its input.
-            z = forward(model, leaf.clone(), outputs)
+            z = forward(model, leaf, outputs)
     if not z.requires_grad:
         raise OutputError(
             "model: expected logits that autograd can differentiate with respect to x, got a "
@@ -168,6 +167,7 @@ def measure(
     outputs: str,
     lump: float | None = None,
     extra_bytes: int = 0,
+    row_copies: int = 0,
 ) -> None:
     """Tells ``plan`` what memory the model takes, from a forward pass of two samples that is thrown
     away. (Counting during a pass that is used would switch off autograd's check for tensors that
@@ -176,6 +176,7 @@ def measure(
 
     Args:
         extra_bytes: what each sample needs beside activations and rows.
+        row_copies: and how much more, in units of the rows' own size.
     """
     if plan.measured or len(x) <= plan.size:
         return
@@ -185,7 +186,7 @@ def measure(
     except Exception:
         return
     rows = z.shape[1] - 1 if lump is None else min(z.shape[1] - 1, 32)
-    plan.measure(meter, 2, 2 * (rows * x[0].nbytes + extra_bytes))
+    plan.measure(meter, 2, 2 * (rows * x[0].nbytes * (1 + row_copies) + extra_bytes))
 
 
 def input_rows(

@@ -68,10 +68,10 @@ class Request(NamedTuple):
             y = check_labels(y, x.shape[0], x.device)
         return Request(model, x, y, objective, outputs, lump, memory_budget)
 
-    def plan(self, fixed: int | None = None, extra_bytes: int = 0) -> ChunkPlan:
-        """Chunks of ``fixed`` samples, or by memory."""
-        variant = (self.outputs, self.lump, extra_bytes)
-        return ChunkPlan(self.memory_budget, self.x, fixed, self.model, variant)
+    def plan(self, fixed: int | None = None, variant: tuple[int, ...] = ()) -> ChunkPlan:
+        """Chunks of ``fixed`` samples, or by memory, for work of one kind."""
+        key = (self.outputs, self.lump, *variant)
+        return ChunkPlan(self.memory_budget, self.x, fixed, self.model, key)
 
 
 T = TypeVar("T")
@@ -115,18 +115,24 @@ def run_chunks(
     return join(parts, None if order is None else order.argsort())
 
 
-def sweep(q: Request, work: Callable[[InputRows, Tensor], T], extra_bytes: int = 0) -> T:
+def sweep(
+    q: Request,
+    work: Callable[[InputRows, Tensor], T],
+    extra_bytes: int = 0,
+    row_copies: int = 0,
+) -> T:
     """Computes the rows of every sample, chunk by chunk, and what ``work`` makes of them.
 
     Args:
         work: called with a chunk's rows and its samples' positions in the batch, int64 [b]; returns
             a named tuple whose tensors have the chunk's samples along their first dimension.
         extra_bytes: what ``work`` needs for each sample beside the rows.
+        row_copies: and how much more, in units of the rows' own size.
 
     Returns:
         The named tuple of the whole batch.
     """
-    plan = q.plan(extra_bytes=extra_bytes)
+    plan = q.plan(variant=(extra_bytes, row_copies))
     order = _by_lumped_count(q) if q.lump is not None and len(q.x) > plan.size else None
     # In the order of computation from here on.
     x, y = (q.x, q.y) if order is None else (q.x[order], None if q.y is None else q.y[order])
@@ -139,5 +145,5 @@ def sweep(q: Request, work: Callable[[InputRows, Tensor], T], extra_bytes: int =
         with torch.autocast(x.device.type, enabled=False), torch.no_grad():
             return work(data, positions[part])
 
-    measure(q.model, x, plan, q.outputs, q.lump, extra_bytes)
+    measure(q.model, x, plan, q.outputs, q.lump, extra_bytes, row_copies)
     return run_chunks(q, plan, run, order)

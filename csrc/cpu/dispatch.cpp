@@ -133,6 +133,12 @@ void run_solve(const KernelTable& table, const SolveProblem& p, int threads) {
 }
 
 void run_windows(const KernelTable& table, const WindowProblem& p, int threads) {
+  // Wide windows of many classes need much scratch: together at most 64 MiB, or the rows' own size.
+  const double pixels = static_cast<double>(p.channels) * p.depth * p.height * p.width;
+  const double rows = p.samples * p.n * pixels * (p.is_double ? 8.0 : 4.0);
+  const double scratch = 8.0 * static_cast<double>(table.window_scratch(p));
+  const double most = std::max(rows, 64.0 * (1 << 20)) / scratch;
+  if (most < threads) threads = std::max(1, static_cast<int>(most));
   spread(table.window_units(p), table.window_scratch(p), threads, 1,
          [&](int64_t begin, int64_t end, double* s) { table.windows(p, begin, end, s); });
 }

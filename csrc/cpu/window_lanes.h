@@ -137,16 +137,14 @@ inline Solved<VecD> exact_from_pixels(const WindowProblem& p, const WindowTile& 
   const double least = 2.0 * static_cast<double>(r) * p.tolerance;
   const VecI sure = surely_above<VecD, 0>(gram, d, c.largest * least) & (c.largest > 0.0);
   c.dimension = VecD{} + static_cast<double>(d);
-  c.smallest = c.largest;  // not of a Gram matrix, whose rounding it would magnify
+  c.smallest = c.largest;  // no Gram matrix's rounding to be magnified
   if (any(wanted & negate(sure))) {
-    const VecD rank = weighted_pivots(pixels, equal, d, n, r, c.largest * p.tolerance, c.factor,
-                                      inv_pivot, pivot, rest);
+    // The rank is that of a Gram matrix in float64, but coordinates are exact: short rows count.
+    const double noise = 64.0 * 2.220446049250313e-16 * static_cast<double>(d);
+    const double dead = p.row_tolerance > noise * noise ? p.row_tolerance : noise * noise;
+    const VecD rank = weighted_pivots(pixels, equal, d, n, r, c.largest * p.tolerance,
+                                      c.largest * dead, c.factor, inv_pivot, pivot, rest);
     c.dimension = select(sure, c.dimension, rank);
-    for (int64_t i = 0; i < d; ++i) {
-      const VecI live = negate(sure) & (inv_pivot[i] > 0.0);
-      const VecD inv = select(live, inv_pivot[i], VecD{} + 1.0), square = 1.0 / (inv * inv);
-      c.smallest = select(live & (square < c.smallest), square, c.smallest);
-    }
     gather_pixels(w, g, n, tile_stride(p), column, pixels);
     for (int64_t i = 0; i < d * n; ++i) c.factor[i] = select(sure, pixels[i], c.factor[i]);
   } else {

@@ -70,7 +70,8 @@ FASTFI_HD void solve_coordinates(const Coordinates<V>& c, const V* sqrt_p, const
   const V carried =
       c.largest * (noise * noise) * (c.largest / select(c.smallest > 0.0, c.smallest, V{} + 1.0));
   const V cut = select(carried > own, carried, own);
-  const V rank = weighted_pivots(c.factor, weight2, d, n, r, cut, factor, inv_pivot, pivot, work);
+  const V rank =
+      weighted_pivots(c.factor, weight2, d, n, r, cut, cut, factor, inv_pivot, pivot, work);
   *rank_out = rank;
   int64_t steps = d;
   while (steps > 0 && !any(rank > static_cast<double>(steps - 1))) --steps;

@@ -15,12 +15,13 @@ FASTFI_HD int64_t weighted_pivots_scratch(int64_t d, int64_t r) { return d * d +
 
 // left [d, n]: coordinate i of row k at i * n + k; overwritten. weight2 [r]: base-2 logarithms of
 // the weights, -infinity excludes a row; rows r..n-1 are carried along. cut: residual (a squared
-// length) up to which a row counts as dependent on the pivots.
+// length) up to which a row is no pivot; dead: up to which it counts as dependent on the pivots, at
+// most cut.
 // Writes column [d, n] (row s: the rows' coordinates along pivot direction s, zero past the rank),
 // inv_pivot [d], pivot [d]; returns the rank.
 template <class V>
 FASTFI_HD V weighted_pivots(V* left, const V* weight2, int64_t d, int64_t n, int64_t r, V cut,
-                            V* column, V* inv_pivot, Index<V>* pivot, V* scratch) {
+                            V dead, V* column, V* inv_pivot, Index<V>* pivot, V* scratch) {
   V* basis = scratch;  // [d, d], orthonormal rows
   V* q = basis + d * d;
   V* taken = q + d;  // [r], 1 for pivots
@@ -64,7 +65,7 @@ FASTFI_HD V weighted_pivots(V* left, const V* weight2, int64_t d, int64_t n, int
     // A dependent row holds a zero along this and all later directions. What rounding left there
     // would, squared and divided by the probability of an unlikely pivot, outweigh FI itself.
     for (int64_t k = 0; k < r; ++k)
-      c[k] = select((residual[k] <= cut) & (taken[k] < 0.5), V{}, c[k]);
+      c[k] = select((residual[k] <= dead) & (taken[k] < 0.5), V{}, c[k]);
     for (int64_t i = 0; i < d; ++i)
       for (int64_t k = 0; k < n; ++k) left[i * n + k] -= q[i] * c[k];
     for (int64_t k = 0; k < r; ++k) {

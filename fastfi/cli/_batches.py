@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -37,6 +38,8 @@ class Normalisation:
                 raise OptionError(
                     f"{name}: expected 1 number or {channels}, one per channel, got {len(values)}"
                 )
+            if not all(map(math.isfinite, values)):
+                raise OptionError(f"{name}: expected finite numbers, got {list(values)}")
         if min(self.std) <= 0:
             raise OptionError(f"--std: expected positive numbers, got {list(self.std)}")
 
@@ -122,7 +125,7 @@ def _try(model: nn.Module, x: Tensor) -> None:
     """Runs the model on one image, so that its own failures are told apart from fastfi's."""
     try:
         with torch.no_grad():
-            model(x)
+            model(x.clone())
     except Exception as error:  # the user's code
         raise OutputError(
             f"the model fails on an image of shape {list(x.shape)} ({x.dtype}, {x.device}): "

@@ -87,9 +87,10 @@ class FigureFolder:
             raise OptionError(f"--figures {folder}: expected a folder, got a file")
         if not folder.parent.is_dir():
             raise OptionError(f"--figures {folder}: there is no folder {folder.parent}")
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """OptionError if figures of these names are there and may not be replaced."""
         if self._overwrite or not self._folder.is_dir():
             return
         present = set(os.listdir(self._folder))
@@ -132,7 +133,7 @@ class FigureFolder:
     ) -> None:
         try:
             if kind is None:
-                self._check()  # again: hours may have passed
+                self.check()  # again: hours may have passed
                 with reporting(self._folder):
                     for name in self._names[: self._done]:
                         os.replace(self._part / name, self._folder / name)

@@ -145,6 +145,8 @@ def run_map(
                 correct += int((maps.label == maps.predicted).sum())
             advance(len(x))
             del maps, x  # before the next batch is computed
+        if figures is not None:
+            figures.check()  # before the file is put in place
     seconds = time.perf_counter() - start
     accuracy = f", accuracy {correct / n:.2%}" if source.labelled else ""
     print(
