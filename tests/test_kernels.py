@@ -81,7 +81,7 @@ def test_every_output_is_written(isa):
         assert int(rank.min()) >= 0
     rows = torch.rand(3, 5, 11)
     out = torch.full((3, 5, 5), torch.nan, dtype=torch.float64)
-    _C.gram(rows.data_ptr(), False, 3, 5, 11, out.data_ptr(), 2, isa)
+    _C.gram(rows.data_ptr(), False, 3, 5, 11, out.data_ptr(), 0, 1, 0, 2, isa)
     assert bool(out.isfinite().all())
 
 

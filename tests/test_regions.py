@@ -136,7 +136,7 @@ def test_many_regions_are_solved_in_blocks(rule: str, monkeypatch: pytest.Monkey
     shared = fastfi.region_influence(model, x, None, regions, inverse=rule, full_output=True)
     each = regions.expand(3, 4, 5)
     for numbers in (1, 7 * 3 * 25):  # one region at a time; seven
-        monkeypatch.setattr(module, "_BLOCK", numbers)
+        monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * numbers)
         for maps in (regions, each):
             got = fastfi.region_influence(model, x, None, maps, inverse=rule, full_output=True)
             torch.testing.assert_close(got.fi, shared.fi, rtol=1e-11, atol=0.0)
@@ -220,7 +220,7 @@ def raises(kind: type[Exception], *parts: str) -> Any:
         (GOOD - 2, "values from -1 (background) up", "from -2 to -2"),
         (GOOD - 1, "at least one region", "from -1 to -1"),
         (GOOD.index_fill(0, torch.tensor([1]), -7), "values from -1", "from -7 to 0"),
-        (None, "expected integers", "NoneType"),
+        (None, "expected integers", "got None"),
         ("patches", "expected integers", "str"),
     ],
 )
