@@ -4,7 +4,7 @@
 #include "../math/damped.h"
 #include "../math/exact.h"
 #include "../math/lanes.h"
-#include "../math/truncated.h"
+#include "../math/truncated_spectral.h"
 #include "kernels.h"
 
 FASTFI_BEGIN

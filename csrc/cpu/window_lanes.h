@@ -18,7 +18,8 @@ struct WindowWork {
   double* lines;          // [lines in reach][vector][stride]
   double* sums;           // [entries][stride]
   const double** inside;  // lines of a window, those of smaller scales first
-  VecD* log_prob;         // [classes], every lane the same
+  VecI* label;            // every lane the same here and below
+  VecD* log_prob;         // [classes]
   VecD* grad;             // [classes]
   VecD* sqrt_p;           // [classes]
   VecD* weight2;          // [classes - 1]
@@ -69,7 +70,7 @@ inline int64_t window_solve_scratch(const WindowProblem& p) {
   const int64_t truncated_pixels =
       2 * d * (r + 1) + d * n + truncated_factor_scratch(d, r + 1) + 2 * spectral_scratch(d);
   const int64_t truncated_classes =
-      (c + 1) * (c + 1) + truncated_scratch(c + 1, c + 1) + 2 * spectral_scratch(c) + n;
+      (c + 1) * (c + 1) + rotations_scratch(c + 1, c + 1) + 2 * spectral_scratch(c) + n;
   if (p.rule == Rule::kExact) return most(exact_pixels, exact_classes);
   if (p.rule == Rule::kTruncated) return most(truncated_pixels, truncated_classes);
   return 2 * d * (r + 1);
@@ -104,15 +105,11 @@ void gather_pixels(const WindowWork& w, const WindowGroup& g, int64_t count, int
         *out++ = load_lanes<V>(w.inside[line] + k * stride + x + i);
 }
 
-inline Index<VecD> label_of(const WindowProblem& p, const WindowTile& t) {
-  return VecI{} + (p.label ? p.label[t.sample] : 0);
-}
-
 // kExact with fewer pixels than contrasts: the pixels are the coordinates. Where their own Gram
 // matrix shows that none depends on the others, nothing more is needed; elsewhere the rank is found
 // as pivoted_cholesky() does, by the largest residual.
-inline Solved<VecD> exact_from_pixels(const WindowProblem& p, const WindowTile& t, WindowWork& w,
-                                      const WindowGroup& g, int64_t column, VecI wanted) {
+inline Solved<VecD> exact_from_pixels(const WindowProblem& p, WindowWork& w, const WindowGroup& g,
+                                      int64_t column, VecI wanted) {
   const Objective kind = static_cast<Objective>(p.objective);
   const int64_t r = w.metric.r, n = r + (kind == Objective::kRow), d = g.pixels();
   VecD* pixels = w.scratch;
@@ -151,8 +148,8 @@ inline Solved<VecD> exact_from_pixels(const WindowProblem& p, const WindowTile& 
     c.factor = pixels;
   }
   Solved<VecD> s;
-  solve_coordinates(c, w.sqrt_p, w.weight2, label_of(p, t), w.grad, kind, n, r, d, p.row_tolerance,
-                    rest, &s.fi, &s.rank);
+  solve_coordinates(c, w.sqrt_p, w.weight2, *w.label, w.grad, kind, n, r, d, p.row_tolerance, rest,
+                    &s.fi, &s.rank);
   return s;
 }
 
@@ -173,25 +170,24 @@ inline void wait_for_solve(const WindowProblem& p, WindowWork& w, const WindowGr
   }
 }
 
-// kExact of the Gram matrices [n, n] in w.scratch. (GCC 12 fails on this code inlined.)
+// kExact of the Gram matrices [n, n] in w.scratch.
 template <int NS>
-__attribute__((noinline)) Solved<VecD> solve_square(const WindowProblem& p, const WindowTile& t,
-                                                    WindowWork& w, int64_t n) {
+Solved<VecD> solve_square(const WindowProblem& p, WindowWork& w, int64_t n) {
   const Objective kind = static_cast<Objective>(p.objective);
   VecD* square = w.scratch;
   Solved<VecD> s;
   if (kind == Objective::kRow)
-    solve_exact<VecD, 0>(square, w.log_prob, label_of(p, t), w.grad, kind, n, w.metric.r,
-                         p.tolerance, p.row_tolerance, square + n * n, &s.fi, &s.rank);
+    solve_exact<VecD, 0>(square, w.log_prob, *w.label, w.grad, kind, n, w.metric.r, p.tolerance,
+                         p.row_tolerance, square + n * n, &s.fi, &s.rank);
   else
-    solve_exact<VecD, NS>(square, w.log_prob, label_of(p, t), w.grad, kind, n, w.metric.r,
-                          p.tolerance, p.row_tolerance, square + n * n, &s.fi, &s.rank);
+    solve_exact<VecD, NS>(square, w.log_prob, *w.label, w.grad, kind, n, w.metric.r, p.tolerance,
+                          p.row_tolerance, square + n * n, &s.fi, &s.rank);
   return s;
 }
 
 // Solves kLanes of the waiting windows, or the `count` that are left.
 template <int NS>
-void solve_waiting(const WindowProblem& p, const WindowTile& t, WindowWork& w) {
+void solve_waiting(const WindowProblem& p, WindowWork& w) {
   const Objective kind = static_cast<Objective>(p.objective);
   const int64_t r = w.metric.r, n = r + (kind == Objective::kRow);
   const int64_t many = least(w.count, kLanes), first = w.count - many;
@@ -204,7 +200,7 @@ void solve_waiting(const WindowProblem& p, const WindowTile& t, WindowWork& w) {
   }
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < i; ++j) square[j * n + i] = square[i * n + j];
-  const Solved<VecD> s = solve_square<NS>(p, t, w, n);
+  const Solved<VecD> s = solve_square<NS>(p, w, n);
   for (int64_t l = 0; l < many; ++l) {
     p.fi[w.place[first + l]] = s.fi[l];
     if (p.rank) p.rank[w.place[first + l]] = static_cast<int64_t>(s.rank[l]);
@@ -224,8 +220,8 @@ inline Solved<VecD> truncated_again(const WindowProblem& p, const WindowTile& t,
     each_pixel(p, t, g, n, vector, [&](int64_t i, const VecD* v) {
       for (int64_t k = 0; k < n; ++k) store[i * n + k] = v[k];
     });
-    solve_factor(store, w.sqrt_p, label_of(p, t), w.grad, kind, n, r, d, d, p.eps, store + d * n,
-                 &s.fi, &s.rank);
+    solve_factor(store, w.sqrt_p, *w.label, w.grad, kind, n, r, d, d, p.eps, store + d * n, &s.fi,
+                 &s.rank);
     return s;
   }
   for (int64_t i = 0; i < n * n; ++i) store[i] = VecD{};
@@ -235,8 +231,8 @@ inline Solved<VecD> truncated_again(const WindowProblem& p, const WindowTile& t,
   });
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < i; ++j) store[j * n + i] = store[i * n + j];
-  solve_truncated<VecD, 0>(store, w.log_prob, label_of(p, t), w.grad, kind, n, r, p.tolerance,
-                           p.eps, store + n * n, &s.fi, &s.rank);
+  solve_by_rotations<VecD, 0>(store, w.log_prob, *w.label, w.grad, kind, n, r, p.tolerance, p.eps,
+                              store + n * n, &s.fi, &s.rank);
   return s;
 }
 
@@ -282,10 +278,10 @@ Solved<Pair> solve_group(const WindowProblem& p, const WindowTile& t, WindowWork
   second.x += kLanes;
   if (p.rule == Rule::kTruncated) {
     Pair* scratch = reinterpret_cast<Pair*>(w.scratch);
-    left = few ? truncated_window<Pair, 0>(w.matrix, d, p.eps, 1, __builtin_nan(""), scratch, &s.fi,
+    left = few ? truncated_window<Pair, 0>(w.matrix, d, p.eps, 1, Pair{} - 1.0, scratch, &s.fi,
                                            &s.rank)
-               : truncated_window<Pair, NS>(w.matrix, r, p.eps, 2, w.metric.all, scratch, &s.fi,
-                                            &s.rank);
+               : truncated_window<Pair, NS>(w.matrix, r, p.eps, 2, Pair{} + w.metric.all, scratch,
+                                            &s.fi, &s.rank);
   } else if (!few && !own_row) {
     left = negate(surely_full_rank<Pair, NS>(w.matrix, r, p.tolerance));
     s = {Pair{} + w.closed, Pair{} + static_cast<double>(r)};
@@ -298,7 +294,7 @@ Solved<Pair> solve_group(const WindowProblem& p, const WindowTile& t, WindowWork
   }
   const auto again = [&](const WindowGroup& half, int64_t at, VecI wanted) {
     return p.rule == Rule::kTruncated ? truncated_again(p, t, w, half)
-                                      : exact_from_pixels(p, t, w, half, at, wanted);
+                                      : exact_from_pixels(p, w, half, at, wanted);
   };
   if (any(left.lo)) {
     const Solved<VecD> lo = again(g, column, left.lo);

@@ -18,7 +18,7 @@ inline int64_t window_tile_scratch(const WindowProblem& p) {
   const int64_t m = vector_length(p), stride = tile_stride(p), lines = tile_lines(p);
   return padded(window_metric_doubles(p.classes), 8) + (lines * m + sums_size(p)) * stride +
          padded(lines, 8) + 3 * kLanes * (sums_size(p) + 1) +
-         (4 * p.classes + 2 * matrix_size(p) + window_solve_scratch(p)) * kLanes;
+         (1 + 4 * p.classes + 2 * matrix_size(p) + window_solve_scratch(p)) * kLanes;
 }
 
 inline WindowWork window_work(const WindowProblem& p, double* memory) {
@@ -28,7 +28,8 @@ inline WindowWork window_work(const WindowProblem& p, double* memory) {
   w.lines = memory + padded(window_metric_doubles(p.classes), 8);
   w.sums = w.lines + lines * m * stride;
   w.inside = reinterpret_cast<const double**>(w.sums + sums_size(p) * stride);
-  w.log_prob = reinterpret_cast<VecD*>(w.sums + sums_size(p) * stride + padded(lines, 8));
+  w.label = reinterpret_cast<VecI*>(w.sums + sums_size(p) * stride + padded(lines, 8));
+  w.log_prob = reinterpret_cast<VecD*>(w.label + 1);
   w.grad = w.log_prob + p.classes;
   w.sqrt_p = w.grad + p.classes;
   w.weight2 = w.sqrt_p + p.classes;
@@ -50,6 +51,7 @@ inline void prepare_sample(const WindowProblem& p, int64_t sample, WindowWork* w
   else
     window_metric<false>(log_prob, p.classes, label, grad, kind,
                          p.rule == Rule::kTruncated ? p.eps : 1.0, w->metric_memory, &w->metric);
+  *w->label = VecI{} + label;
   for (int64_t k = 0; k < p.classes; ++k) {
     w->log_prob[k] = VecD{} + log_prob[k];
     w->grad[k] = VecD{} + (grad ? grad[k] : 0.0);
@@ -176,11 +178,11 @@ void window_unit(const WindowProblem& p, const WindowTile& t, WindowWork& w) {
           if (p.rank)
             p.rank[to] = static_cast<int64_t>(l < kLanes ? out.rank.lo[i] : out.rank.hi[i]);
         }
-        while (w.count >= kLanes) solve_waiting<NS>(p, t, w);
+        while (w.count >= kLanes) solve_waiting<NS>(p, w);
       }
     }
   }
-  if (w.count > 0) solve_waiting<NS>(p, t, w);
+  if (w.count > 0) solve_waiting<NS>(p, w);
 }
 
 typedef void (*WindowFunction)(const WindowProblem&, const WindowTile&, WindowWork&);

@@ -134,10 +134,10 @@ FASTFI_HD int64_t spectral_scratch(int64_t r) { return 5 * r; }
 
 // sum (v_i . c)^2 / lambda_i^power over the eigenvalues above eps^2 of M [r, r], and their number.
 // a: M in rows 0..r-1, c in row r, and as much room again; overwritten. power 2 is for c = M u, 1
-// for c = h itself. all: the sum where every eigenvalue is kept, NaN if not known. Returns the
+// for c = h itself. all: the sum where every eigenvalue is kept, negative if not known. Returns the
 // lanes whose rounding errors may exceed the accuracy contract.
 template <class V, int NS>
-FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, double all, V* scratch,
+FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, V all, V* scratch,
                                    V* fi_out, V* rank_out) {
   const int64_t r = NS > 0 ? NS : r_;
   const double cut = eps * eps;
@@ -158,15 +158,16 @@ FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, doub
 
   const V rounding = trace * 2.220446049250313e-16;
   Mask<V> whole = negate(above) & above;
-  if (all == all) {
+  const Mask<V> known = all >= 0.0;
+  if (any(known)) {
     V least = trace;
     for (int64_t i = 0; i < r; ++i) least = select(a[packed(i, i)] < least, a[packed(i, i)], least);
-    if (any(least > cut)) {
+    if (any(known & (least > cut))) {
       V* copy = a + packed(r + 1, 0);
       for (int64_t e_ = 0; e_ < packed_size(r); ++e_) copy[e_] = a[e_];
       // Clear of the cut by more than rounding can move an eigenvalue.
-      whole = surely_above<V, NS>(copy, r, cut * (1.0 + 1e-6) + 64.0 * rounding);
-      *fi_out = select(whole, V{} + all, V{});
+      whole = known & surely_above<V, NS>(copy, r, cut * (1.0 + 1e-6) + 64.0 * rounding);
+      *fi_out = select(whole, all, V{});
       *rank_out = select(whole, V{} + static_cast<double>(r), V{});
       above = above & negate(whole);
       if (!any(above)) return extreme;
@@ -193,7 +194,7 @@ FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, doub
 
   // First-order bounds with w_i = v_i . c and a perturbation of M's entries by `noise`: kept
   // eigenvectors turn among themselves and towards those that are dropped.
-  const V noise = 8.0 * rounding + 4.0 * floor;
+  const V noise = (r > 16 ? 0.5 * static_cast<double>(r) : 8.0) * rounding + 4.0 * floor;
   V fi = V{}, rank = V{}, first = V{}, last = V{}, turned = V{}, dropped = V{}, highest = V{};
   Mask<V> doubtful = negate(done);
   for (int64_t i = 0; i < r; ++i) {

@@ -15,7 +15,7 @@ FASTFI_BEGIN
 FASTFI_HD int64_t truncated_factor_scratch(int64_t d, int64_t classes) {
   return d * classes + 2 * d + classes;
 }
-FASTFI_HD int64_t truncated_scratch(int64_t n, int64_t classes) {
+FASTFI_HD int64_t rotations_scratch(int64_t n, int64_t classes) {
   const int64_t r = classes - 1;
   return r * n + r + classes + truncated_factor_scratch(r, classes);
 }
@@ -114,9 +114,9 @@ FASTFI_HD void solve_factor(const V* factor, const V* sqrt_p, Index<V> label, co
 
 // Arguments as in solve_exact; eps > 0. rank_out counts the singular values above eps.
 template <class V, int NS>
-FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label, const V* grad,
-                               Objective kind, int64_t n_, int64_t r_, double tolerance, double eps,
-                               V* scratch, V* fi_out, V* rank_out) {
+FASTFI_HD void solve_by_rotations(const V* gram, const V* log_prob, Index<V> label, const V* grad,
+                                  Objective kind, int64_t n_, int64_t r_, double tolerance,
+                                  double eps, V* scratch, V* fi_out, V* rank_out) {
   const int64_t r = NS > 0 ? NS : r_;
   const int64_t n = NS > 0 ? NS : n_;
   const int64_t classes = r + 1;

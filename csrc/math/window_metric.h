@@ -18,8 +18,9 @@ struct WindowMetric {
   double* slope;
   double* scale;
   double* centre;
-  double* u;   // kDamped with an objective in terms of the classes: h = Q^T u
-  double all;  // kTruncated: FI where every singular value is kept; NaN where that is not known
+  double* u;  // kDamped with an objective in terms of the classes: h = Q^T u
+  double
+      all;  // kTruncated: FI where every singular value is kept; negative where that is not known
 };
 
 FASTFI_HD int64_t window_metric_doubles(int64_t classes) { return 8 * classes; }
@@ -95,7 +96,7 @@ FASTFI_HD void window_metric(const double* log_prob, int64_t classes, int64_t la
       m->all += rest * rest;
     }
   }
-  if (kind == Objective::kRow || !(m->all < 1e300)) m->all = __builtin_nan("");
+  if (kind == Objective::kRow || !(m->all < 1e300)) m->all = -1.0;
 }
 
 FASTFI_END
