@@ -1,8 +1,10 @@
 """Builds fastfi._C. The kernels are compiled once for each instruction set and chosen at run time;
 neither torch nor anything but setuptools and pybind11 is needed."""
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -21,17 +23,21 @@ COMMON += ["-Wno-ignored-attributes"]
 
 
 class BuildForEachIsa(build_ext):
-    """Adds the objects of csrc/cpu/isa.cpp, compiled once for each instruction set."""
+    """Adds the objects of csrc/cpu/isa.cpp, compiled for all instruction sets at once."""
 
     def build_extension(self, ext):
-        for isa in ISA_FLAGS if X86 else ["portable"]:
+        def compiled(isa):
             flags = [*ext.extra_compile_args, *ISA_FLAGS[isa], f"-DFASTFI_ISA={isa}"]
-            ext.extra_objects += self.compiler.compile(
+            return self.compiler.compile(
                 ["csrc/cpu/isa.cpp"],
                 output_dir=f"{self.build_temp}/{isa}",
                 extra_postargs=flags,
                 depends=ext.depends,
             )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for objects in pool.map(compiled, ISA_FLAGS if X86 else ["portable"]):
+                ext.extra_objects += objects
         super().build_extension(ext)
 
 

@@ -152,12 +152,11 @@ FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, V al
   *rank_out = V{};
   Mask<V> above = trace > cut;  // else no eigenvalue is
   // Squares of what follows must neither overflow nor underflow.
-  const Mask<V> extreme = above & ((trace > 1e100) | (trace * 0.0 + cut < 1e-100));
+  const Mask<V> extreme = above & ((trace > 1e100) | (V{} + cut < 1e-100));
   above = above & negate(extreme);
   if (!any(above)) return extreme;
 
   const V rounding = trace * 2.220446049250313e-16;
-  Mask<V> whole = negate(above) & above;
   const Mask<V> known = all >= 0.0;
   if (any(known)) {
     V least = trace;
@@ -166,7 +165,8 @@ FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, V al
       V* copy = a + packed(r + 1, 0);
       for (int64_t e_ = 0; e_ < packed_size(r); ++e_) copy[e_] = a[e_];
       // Clear of the cut by more than rounding can move an eigenvalue.
-      whole = known & surely_above<V, NS>(copy, r, cut * (1.0 + 1e-6) + 64.0 * rounding);
+      const Mask<V> whole =
+          known & surely_above<V, NS>(copy, r, cut * (1.0 + 1e-6) + 64.0 * rounding);
       *fi_out = select(whole, all, V{});
       *rank_out = select(whole, V{} + static_cast<double>(r), V{});
       above = above & negate(whole);
