@@ -20,9 +20,9 @@ from fastfi.backends.reference import (
     Problem,
     TruncatedCoordinates,
 )
-from fastfi.inverse import Damped, Exact, Inverse, Truncated, as_inverse
+from fastfi.inverse import Damped, Exact, Inverse, Truncated, as_inverse, damping
 from fastfi.objectives import Objective
-from fastfi.rows import InputRows, damping, gram_of
+from fastfi.rows import InputRows, gram_of
 from fastfi.sweep import Request, sweep
 
 __all__ = ["direction"]
@@ -120,12 +120,14 @@ def direction(
     mask = None if region is None else check_mask(region, x)  # [B or 1, P]
 
     def work(data: InputRows, at: Tensor) -> _Part:
-        tau = damping(rule, data) if isinstance(rule, Damped) else None
+        gram = gram_of(data)
+        tau = damping(rule, gram, data.classes.log_prob) if isinstance(rule, Damped) else None
         if mask is not None:
             mine = mask[at] if len(mask) > 1 else mask
             rows = data.rows.unflatten(2, (-1, mask.shape[1])) * mine[:, None, None]
             data = replace(data, rows=rows.flatten(2))
-        w = _coefficients(data, gram_of(data), rule, tau)  # [B, n]
+            gram = gram_of(data)
+        w = _coefficients(data, gram, rule, tau)  # [B, n]
         v = torch.einsum("bn,bnp->bp", w, data.rows.double())
         # Scaled first: a norm may underflow or overflow where its direction does not.
         v = v / v.abs().amax(1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)

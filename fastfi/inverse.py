@@ -17,6 +17,7 @@ __all__ = [
     "Inverse",
     "Truncated",
     "as_inverse",
+    "damping",
     "default_rtol",
     "metric_trace",
     "solve",
@@ -135,6 +136,12 @@ def metric_trace(gram: Tensor, log_prob: Tensor) -> Tensor:
     return (p * spread).sum(1).clamp(min=0.0)
 
 
+def damping(inverse: Damped, gram: Tensor, log_prob: Tensor) -> Tensor:
+    """tau [B], relative to the metric whose Gram matrix [B, n, n] (contrasts first) is given."""
+    r = log_prob.shape[1] - 1
+    return inverse.alpha * metric_trace(gram[:, :r, :r], log_prob)
+
+
 def solve(
     inverse: Inverse,
     gram: Tensor,
@@ -159,9 +166,8 @@ def solve(
     if isinstance(inverse, Truncated):
         fi, rank = torch.ops.fastfi.solve_truncated(gram, log_prob, label, grad, inverse.eps)
         return fi, rank
-    r = log_prob.shape[1] - 1
     if tau is None:
-        tau = inverse.alpha * metric_trace(gram[:, :r, :r], log_prob)
+        tau = damping(inverse, gram, log_prob)
     fi = torch.ops.fastfi.solve_damped(gram, log_prob, label, grad, tau)
     if label is not None:
         # Beside a gradient, tau vanishes only where every other class's P underflows, and 1 / P_y

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastfi._checks import check_channels, check_scales, check_spatial
 from fastfi.influence import check_dtype, finish
-from fastfi.inverse import Damped, Exact, Inverse, as_inverse
+from fastfi.inverse import Damped, Exact, Inverse, as_inverse, damping
 from fastfi.objectives import Objective
-from fastfi.rows import InputRows, damping, gram_of
+from fastfi.rows import InputRows, gram_of
 from fastfi.sweep import Request, sweep
 
 __all__ = ["InfluenceMap", "influence_map"]
@@ -77,16 +77,15 @@ def _solve(
 ) -> tuple[Tensor, Tensor | None]:
     """FI and rank of every window, from the rows [B, n, C * pixels] of one chunk."""
     rows = data.rows.unflatten(2, spatial)  # [B, n, C, *spatial]
+    q = data.classes
+    gram = gram_of(data)  # raises where rows are not finite, whatever the inverse
     tau, parameter = None, 0.0
     if isinstance(inverse, Damped):
-        tau, name = damping(inverse, data), "damped"
+        tau, name = damping(inverse, gram, q.log_prob), "damped"
     elif isinstance(inverse, Exact):
-        gram_of(data)  # raises where rows are not finite
         parameter, name = data.rtol if inverse.rtol is None else inverse.rtol, "exact"
     else:
-        gram_of(data)
         parameter, name = inverse.eps, "truncated"
-    q = data.classes
     fi, rank = torch.ops.fastfi.window_influence(
         rows, q.log_prob, data.label, data.grad, scales, channels, name, parameter, tau, with_rank
     )

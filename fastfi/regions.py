@@ -10,9 +10,9 @@ from torch import Tensor
 from fastfi._checks import check_regions
 from fastfi.errors import InputError
 from fastfi.influence import check_dtype, finish
-from fastfi.inverse import Damped, Inverse, as_inverse, solve
+from fastfi.inverse import Damped, Inverse, as_inverse, damping, solve
 from fastfi.objectives import Objective
-from fastfi.rows import InputRows, damping, gram_of
+from fastfi.rows import InputRows, gram_of
 from fastfi.sweep import Request, sweep
 
 __all__ = ["RegionInfluence", "region_influence"]
@@ -119,9 +119,8 @@ def region_influence(
         c = data.classes
         mine = at if len(maps) > 1 else torch.zeros(1, dtype=torch.int64, device=at.device)
         rows = _by_region(data.rows, channels, order[mine])
-        tau = damping(rule, data) if isinstance(rule, Damped) else None
-        if tau is None:
-            gram_of(data)  # raises where rows are not finite
+        whole = gram_of(data)  # raises where rows are not finite
+        tau = damping(rule, whole, c.log_prob) if isinstance(rule, Damped) else None
         size = max(1, block // (8 * rows.shape[0] * rows.shape[1] ** 2))
         fis, ranks = [], []
         for first in range(0, count, size):

@@ -18,13 +18,12 @@ from torch import Tensor
 from fastfi._checks import check_finite, check_label_range
 from fastfi.classes import SortedClasses, sort_classes
 from fastfi.errors import OutputError
-from fastfi.inverse import Damped, default_rtol, metric_trace
+from fastfi.inverse import default_rtol
 from fastfi.memory import ActivationMeter, ChunkPlan
 from fastfi.model import eagerly, forward
 from fastfi.objectives import Objective, logit_gradient
 
-__all__ = ["InputRows", "Recorded", "damping", "gram_of", "input_rows", "measure"]
-__all__ += ["pull_back_rows", "record"]
+__all__ = ["InputRows", "Recorded", "gram_of", "input_rows", "measure", "pull_back_rows", "record"]
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,6 @@ def gram_of(data: InputRows) -> Tensor:
     squares = gram.diagonal(dim1=1, dim2=2)
     check_finite(squares, "model", "gradients of the logits with respect to x")
     return gram
-
-
-def damping(inverse: Damped, data: InputRows) -> Tensor:
-    """tau [B], relative to the metric of the whole input."""
-    contrasts = data.classes.log_prob.shape[1] - 1
-    gram = gram_of(data)[:, :contrasts, :contrasts]
-    return inverse.alpha * metric_trace(gram, data.classes.log_prob)
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from fastfi.cli._app import app
 
-__all__ = ["CLASSES", "Project", "make_project", "read_scores"]
+__all__ = ["CLASSES", "Project", "check_full_disk", "make_project", "read_scores"]
 
 CLASSES = 4
 _COUNT = itertools.count()
@@ -127,3 +128,26 @@ def images(project: Project) -> tuple[torch.Tensor, torch.Tensor]:
     """The project's images in 0..1 and labels."""
     with np.load(project.data) as arrays:
         return torch.from_numpy(arrays["x"]).float() / 255, torch.from_numpy(arrays["y"])
+
+
+_LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+sys.argv = ["fastfi", *sys.argv[1:]]
+from fastfi.cli import main
+main()
+"""
+
+
+def check_full_disk(arguments: list[str], out: str) -> None:
+    """Runs a command that meets a real write error, from the largest file that it may write."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _LIMITED, *arguments, "--out", out],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"fastfi: error: cannot write {out}: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ignored" not in done.stderr  # no exception in a destructor either

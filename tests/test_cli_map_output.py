@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cli_maps import OLD, fake_figures, map_project, read_maps, run
-from cli_project import images, make_project
+from cli_project import check_full_disk, images, make_project
 from data_files import encoded, pixels
 
 import fastfi.cli._mapfile as mapfile_module
@@ -162,30 +161,12 @@ def test_a_run_with_old_figures_that_fails_leaves_them(project, drawn):
     assert project.files() == {"fig"}
 
 
-_LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-sys.argv = ["fastfi", *sys.argv[1:]]
-from fastfi.cli import main
-main()
-"""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
 @pytest.mark.parametrize("out", ["m.npz", "m.parquet"])
 def test_a_full_disk(tmp_path, monkeypatch, out):
     project = make_project(tmp_path, monkeypatch, n=200)
     arguments = ["map", "--model", f"{project.name}:Net", "--data", str(project.data)]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", _LIMITED, *arguments, "--out", out],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert f"fastfi: error: cannot write {out}: File too large" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "ignored" not in done.stderr  # no exception in a destructor either
+    check_full_disk(arguments, out)
     assert project.files() == set()
 
 

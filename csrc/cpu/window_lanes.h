@@ -55,6 +55,8 @@ inline int64_t most_pixels(const WindowProblem& p) {
 inline int64_t most_pixel_space(const WindowProblem& p) {
   return least(most_pixels(p), p.classes - 2 > 0 ? p.classes - 2 : 1);
 }
+
+// Entries of the packed matrix of a window, with room for the copies that its solve makes.
 inline int64_t matrix_size(const WindowProblem& p) {
   const int64_t pixels = packed_size(most_pixel_space(p) + 2);
   // Samples with absent classes may have fewer contrasts than there are pixels.

@@ -7,8 +7,8 @@
 
 FASTFI_BEGIN
 
-// Entries of the sums; none where every window has fewer pixels than the smallest number of
-// contrasts that a sample can have in class space, min(r, most_pixels).
+// Entries of the sums. A window is solved from them only if it has at least r pixels, so that r is
+// at most the largest number of pixels too.
 inline int64_t sums_size(const WindowProblem& p) {
   const int64_t h = vector_length(p) - (p.classes - 1);
   return packed_size(least(p.classes - 1, most_pixels(p)) + h);

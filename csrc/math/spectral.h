@@ -217,6 +217,7 @@ FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, V al
   *rank_out = select(above, rank, *rank_out);
   const V error =
       2.0 * noise * (last * first + dropped * turned) + 8.0 * 2.220446049250313e-16 * last;
+  // A fifth of the contract's 1e-8.
   return extreme | (above & (doubtful | ((error > fi * 2e-9) & (length > 0.0))));
 }
 
