@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -92,3 +93,9 @@ def compiled_ops() -> Any:
         if "C++" not in kernel.get("cpu", ""):
             pytest.fail(f"{name} runs {kernel} on the CPU: build the extension (pip install -e .)")
     return torch.ops.fastfi
+
+
+def pytest_configure() -> None:
+    # A shell's background jobs start with Ctrl-C ignored; what it does is what some tests are about.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
