@@ -96,6 +96,6 @@ def compiled_ops() -> Any:
 
 
 def pytest_configure() -> None:
-    # A shell's background jobs start with Ctrl-C ignored; what it does is what some tests are about.
+    # A shell's background jobs start with Ctrl-C ignored, and some tests are about what it does.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
