@@ -4,7 +4,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 try:
-    from fastfi import attack, plot
+    from fastfi import attack, layers, plot
     from fastfi.backends import backends
     from fastfi.direction import direction
     from fastfi.errors import (
@@ -21,6 +21,7 @@ try:
     from fastfi.influence import Influence, influence
     from fastfi.inverse import Damped, Exact, Truncated
     from fastfi.maps import InfluenceMap, influence_map
+    from fastfi.rank import RankCheck, check_rank
     from fastfi.regions import RegionInfluence, region_influence
 except ImportError as _error:
     # The doctor must run where torch or the compiled module is broken: it explains what is wrong.
@@ -45,15 +46,18 @@ __all__ = [
     "NonFiniteError",
     "OptionError",
     "OutputError",
+    "RankCheck",
     "RegionInfluence",
     "Truncated",
     "WeightsError",
     "__version__",
     "attack",
     "backends",
+    "check_rank",
     "direction",
     "influence",
     "influence_map",
+    "layers",
     "plot",
     "region_influence",
 ]

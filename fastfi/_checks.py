@@ -36,18 +36,21 @@ __all__ = [
     "check_regions",
     "check_scales",
     "check_spatial",
+    "check_wrt",
 ]
 
 
-def check_input(x: Any) -> None:
-    """x is a floating-point tensor [B, ...] with B >= 1, at least one pixel, and finite values."""
+def check_input(x: Any, integers: bool = False) -> None:
+    """x is a floating-point tensor [B, ...] with B >= 1, at least one pixel, and finite values; or
+    an integer one where ``integers`` allows it."""
     if not isinstance(x, Tensor):
         raise InputError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if x.dim() < 2:
         raise InputError(f"x: expected a batch [B, ...] of samples, got shape {list(x.shape)}")
     if x.layout != torch.strided:
         raise InputError(f"x: expected a dense tensor, got layout {x.layout}")
-    if not x.is_floating_point():
+    whole = integers and not x.is_complex()
+    if not (x.is_floating_point() or whole):
         raise InputError(
             f"x: expected a floating-point tensor, got {x.dtype}; convert and scale it as for the "
             "model's training, for example x.float() / 255"
@@ -57,6 +60,21 @@ def check_input(x: Any) -> None:
             f"x: expected at least one sample and one pixel, got shape {list(x.shape)}"
         )
     check_finite(x.detach(), "x", "pixels")
+
+
+def check_wrt(wrt: Any) -> None:
+    """wrt is "input", "params", "layers", "all", or a list of names."""
+    known = ("input", "params", "layers", "all")
+    if isinstance(wrt, str) and wrt not in known:
+        raise OptionError(
+            f"wrt: expected one of {', '.join(map(repr, known))} or a list of names, got {wrt!r}; "
+            f"a module or parameter of that name is wrt=[{wrt!r}]"
+        )
+    if not isinstance(wrt, (str, list, tuple)):
+        raise OptionError(
+            f"wrt: expected one of {', '.join(map(repr, known))} or a list of names, got "
+            f"{type(wrt).__name__}"
+        )
 
 
 def check_finite(values: Tensor, name: str, what: str) -> None:

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CHANNELS", "INVERSES", "OP_NAMES", "check_gram", "check_scales", "check_segments"]
-__all__ += ["check_solve", "check_windows"]
+__all__ = ["CHANNELS", "INVERSES", "OP_NAMES", "check_conv_gram", "check_gram"]
+__all__ += ["check_linear_gram", "check_scales", "check_segments", "check_solve", "check_windows"]
 
 OP_NAMES = (
     "gram",
@@ -32,6 +32,8 @@ OP_NAMES = (
     "solve_truncated",
     "solve_damped",
     "window_influence",
+    "linear_gram",
+    "conv_gram",
 )
 CHANNELS = ("separate", "joint", "mean")
 INVERSES = ("exact", "truncated", "damped")
@@ -48,6 +50,12 @@ torch.library.define(
     "fastfi::window_influence",
     "(Tensor rows, Tensor log_prob, Tensor? label, Tensor? grad, int[] scales, str channels, "
     "str inverse, float parameter, Tensor? tau, bool with_rank) -> (Tensor, Tensor)",
+)
+torch.library.define("fastfi::linear_gram", "(Tensor a, Tensor d, bool ghost) -> Tensor")
+torch.library.define(
+    "fastfi::conv_gram",
+    "(Tensor x, Tensor d, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
+    "bool ghost) -> Tensor",
 )
 
 _ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -144,6 +152,49 @@ def check_windows(
     check_solve(op, gram, log_prob, label, grad, tau)
 
 
+def check_linear_gram(a: Tensor, d: Tensor) -> None:
+    """Raises ValueError unless inputs ``a`` are [B, T, D] and cotangents ``d`` [B, n, T, O]."""
+    ok = a.dim() == 3 and a.dtype in _ROW_DTYPES
+    _check(ok, "linear_gram", "floating-point [B, T, D]", "a", a)
+    ok = d.dim() == 4 and d.dtype in _ROW_DTYPES and d.device == a.device
+    ok = ok and (d.shape[0], d.shape[2]) == a.shape[:2]
+    expected = f"floating-point [{a.shape[0]}, n, {a.shape[1]}, O] on {a.device}"
+    _check(ok, "linear_gram", expected, "d", d)
+
+
+def check_conv_gram(
+    x: Tensor,
+    d: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Raises ValueError unless x [B, C, *spatial] and d [B, n, O, *positions] are input and output
+    of a convolution of that geometry."""
+    op, dims = "conv_gram", len(kernel)
+    ok = dims in (1, 2, 3) and x.dim() == dims + 2 and x.dtype in _ROW_DTYPES
+    _check(ok, op, "floating-point [B, C, *spatial], one dimension for each of kernel", "x", x)
+    numbers = (*kernel, *stride, *dilation, groups)
+    sizes = {len(stride), len(padding), len(dilation)}
+    if sizes != {dims} or min(numbers) < 1 or min(padding) < 0 or x.shape[1] % groups:
+        raise ValueError(
+            f"{op}: expected {dims} positive numbers each and groups that divide {x.shape[1]} "
+            f"channels, got kernel {list(kernel)}, stride {list(stride)}, padding {list(padding)}, "
+            f"dilation {list(dilation)}, groups {groups}"
+        )
+    positions = [
+        (s + 2 * p - w * (k - 1) - 1) // t + 1
+        for s, k, t, p, w in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    ]
+    ok = d.dim() == dims + 3 and d.dtype in _ROW_DTYPES and d.device == x.device
+    ok = ok and d.shape[0] == x.shape[0] and list(d.shape[3:]) == positions
+    ok = ok and d.shape[2] % groups == 0
+    expected = f"floating-point [{x.shape[0]}, n, O, {str(positions)[1:-1]}] on {x.device}"
+    _check(ok, op, expected, "d", d)
+
+
 @torch.library.register_fake("fastfi::gram")
 def _(rows: Tensor) -> Tensor:
     check_gram(rows)
@@ -208,3 +259,28 @@ def _(
         return fi, rows.new_empty(0, dtype=torch.int64)
     shape = merged if channels == "joint" else separate
     return fi, rows.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_layer_gram(d: Tensor) -> Tensor:
+    return d.new_empty((d.shape[0], d.shape[1], d.shape[1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastfi::linear_gram")
+def _(a: Tensor, d: Tensor, ghost: bool) -> Tensor:
+    check_linear_gram(a, d)
+    return _fake_layer_gram(d)
+
+
+@torch.library.register_fake("fastfi::conv_gram")
+def _(
+    x: Tensor,
+    d: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    ghost: bool,
+) -> Tensor:
+    check_conv_gram(x, d, kernel, stride, padding, dilation, groups)
+    return _fake_layer_gram(d)

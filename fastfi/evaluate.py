@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastfi._checks import check_label_range
+from fastfi._checks import check_label_range, check_wrt
 from fastfi.classes import SortedClasses, sort_classes
 from fastfi.errors import OptionError
-from fastfi.inverse import Exact, Inverse, as_inverse, solve
+from fastfi.inverse import Damped, Exact, Inverse, as_inverse, damping, solve
+from fastfi.layers.grams import BlockGrams, Sweeper
+from fastfi.layers.parameters import Blocks, Parameters, blocks
+from fastfi.layers.plan import Plan
 from fastfi.model import forward
 from fastfi.objectives import Objective, logit_gradient
 from fastfi.rows import InputRows, gram_of
-from fastfi.sweep import FORWARD_CHUNK, Request, run_chunks, sweep
+from fastfi.sweep import FORWARD_CHUNK, Request, run_chunks, sweep, sweep_chunks
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -23,7 +27,7 @@ class Evaluation(NamedTuple):
     """Everything that one sweep yields, in float64.
 
     Attributes:
-        fi, rank, label, log_prob: as in :class:`Influence`.
+        fi, rank, label, log_prob, names, closed_form, unreached: as in :class:`Influence`.
         predicted: [B] int64, the most probable class.
         dtype: of the model's logits.
     """
@@ -34,6 +38,9 @@ class Evaluation(NamedTuple):
     log_prob: Tensor
     predicted: Tensor
     dtype: torch.dtype
+    names: tuple[str, ...] = ("input",)
+    closed_form: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
 
 
 def _part(fi: Tensor, rank: Tensor | None, classes: SortedClasses, y: Tensor | None,
@@ -43,38 +50,42 @@ def _part(fi: Tensor, rank: Tensor | None, classes: SortedClasses, y: Tensor | N
     return Evaluation(fi, rank, label, log_prob, classes.predicted, dtype)
 
 
-def _full_rank_part(q: Request, part: slice) -> Evaluation:
-    """The closed form at full rank, FI = sum_k g_k^2 / P_k, from one forward pass."""
+def _closed_form(c: SortedClasses, objective: str | Objective, y: Tensor | None) -> Tensor | None:
+    """FI at rank K - 1, sum_k g_k^2 / P_k: [B] float64; None where g has another sum than 0."""
+    if objective == "cross_entropy":
+        # (1 - P_y) / P_y from differences of logarithms.
+        others = c.log_prob.scatter(1, c.position[:, None], -torch.inf).logsumexp(1)
+        own = c.log_prob.gather(1, c.position[:, None]).squeeze(1)
+        return (others - own).exp()
+    g = logit_gradient(objective, c.logits, c.full_log_prob, c.predicted if y is None else y)
+    assert g is not None
+    if bool((g.sum(1).abs() > 1e-12 * g.abs().sum(1)).any()):
+        return None
+    scaled = g * (-0.5 * c.full_log_prob).clamp(max=600.0).exp()
+    return scaled.square().sum(1)
+
+
+def _full_rank_part(q: Request, part: slice, coordinates: int) -> Evaluation:
+    """The closed form at full rank from one forward pass, for a perturbation of so many numbers."""
     with torch.no_grad():
         z = forward(q.model, q.x[part].detach(), q.outputs)  # [b, K]
-    batch, classes = z.shape
+    classes = z.shape[1]
     check_label_range(q.y, classes)
-    inputs, objective = q.x[0].numel(), q.objective
     y = None if q.y is None else q.y[part]
-    if inputs < classes - 1:
+    if coordinates < classes - 1:
         raise OptionError(
-            f"assume_full_rank: expected at least K - 1 = {classes - 1} input values, got "
-            f"{inputs}, with which the rank cannot be K - 1"
+            f"assume_full_rank: expected at least K - 1 = {classes - 1} perturbed values, got "
+            f"{coordinates}, with which the rank cannot be K - 1"
         )
     with torch.autocast(z.device.type, enabled=False), torch.no_grad():
         c = sort_classes(z, y, None)
-        if objective == "cross_entropy":
-            # (1 - P_y) / P_y from differences of logarithms.
-            others = c.log_prob.scatter(1, c.position[:, None], -torch.inf).logsumexp(1)
-            own = c.log_prob.gather(1, c.position[:, None]).squeeze(1)
-            fi = (others - own).exp()
-        else:
-            label = c.predicted if y is None else y
-            g = logit_gradient(objective, c.logits, c.full_log_prob, label)
-            assert g is not None
-            if bool((g.sum(1).abs() > 1e-12 * g.abs().sum(1)).any()):
-                raise OptionError(
-                    "assume_full_rank: expected an objective that does not change when a constant "
-                    f"is added to all logits, got {objective!r}, which needs the rows"
-                )
-            scaled = g * (-0.5 * c.full_log_prob).clamp(max=600.0).exp()
-            fi = scaled.square().sum(1)
-        rank = c.order.new_full((batch,), classes - 1)
+        fi = _closed_form(c, q.objective, y)
+        if fi is None:
+            raise OptionError(
+                "assume_full_rank: expected an objective that does not change when a constant is "
+                f"added to all logits, got {q.objective!r}, which needs the rows"
+            )
+        rank = c.order.new_full((len(z),), classes - 1)
         return _part(fi, rank, c, y, z.dtype)
 
 
@@ -89,7 +100,7 @@ def evaluate(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    wrt: str = "input",
+    wrt: str | Sequence[str] = "input",
     objective: str | Objective = "cross_entropy",
     inverse: Inverse | str = "exact",
     outputs: str = "logits",
@@ -99,8 +110,6 @@ def evaluate(
 ) -> Evaluation:
     """FI and what belongs to it for a batch; arguments and errors are those of
     :func:`fastfi.influence`."""
-    if wrt != "input":
-        raise OptionError(f"wrt: expected 'input', the only one in this version, got {wrt!r}")
     rule = as_inverse(inverse)
     if assume_full_rank and not isinstance(rule, Exact):
         raise OptionError(
@@ -110,13 +119,81 @@ def evaluate(
         raise OptionError(
             f"lump: expected None with assume_full_rank=True, which merges nothing, got {lump!r}"
         )
+    check_wrt(wrt)
     q = Request.checked(
-        model, x, y, objective=objective, outputs=outputs, lump=lump, memory_budget=memory_budget
-    )
+        model, x, y, objective=objective, outputs=outputs, lump=lump, memory_budget=memory_budget,
+        integers=wrt not in ("input", "all"),
+    )  # fmt: skip
+    if wrt != "input":
+        return _of_parameters(q, rule, wrt, assume_full_rank)
     if assume_full_rank:
-        return run_chunks(q, q.plan(FORWARD_CHUNK), lambda part: _full_rank_part(q, part))
+        size = q.x[0].numel()
+        result = run_chunks(q, q.plan(FORWARD_CHUNK), lambda part: _full_rank_part(q, part, size))
+        return result._replace(closed_form=("input",))
 
     def work(data: InputRows, at: Tensor) -> Evaluation:
         return _solved_part(data, rule, None if q.y is None else q.y[at])
 
     return sweep(q, work)
+
+
+# Objectives whose gradient in the logits has the sum 0, whatever the sample.
+_BALANCED = ("cross_entropy", "margin", "entropy", "nll_of_others")
+
+
+def _of_parameters(
+    q: Request, rule: Inverse, wrt: str | Sequence[str], assume_full_rank: bool
+) -> Evaluation:
+    """Cases 2 and 3: parameters, layer by layer or together, with the input or without."""
+    parameters = Parameters(q.model)
+    groups = blocks(parameters, wrt)
+    with_input, single = wrt == "all", wrt in ("params", "all")
+    if assume_full_rank and not single:
+        raise OptionError(
+            f"assume_full_rank: expected wrt to be 'input', 'params' or 'all', got {wrt!r}, blocks "
+            "which may have any rank"
+        )
+    size = sum(p.numel() for p in parameters.tensors) + with_input * q.x[0].numel()
+    if assume_full_rank:
+        result = run_chunks(q, q.plan(FORWARD_CHUNK), lambda p: _full_rank_part(q, p, size))
+        return result._replace(names=groups.names, closed_form=groups.names)
+    grams = Sweeper(q, parameters, groups, isinstance(rule, Damped) and not single, with_input)
+    facts = {
+        "names": groups.names,
+        "unreached": grams.unreached,
+        "closed_form": _closed(q, rule, grams.plan, groups),
+    }
+    if facts["closed_form"] == groups.names == groups.names[:1] and single:
+        result = run_chunks(q, q.plan(FORWARD_CHUNK), lambda p: _full_rank_part(q, p, size))
+        return result._replace(**facts)
+    closed = [name in facts["closed_form"] for name in groups.names]
+
+    def work(data: BlockGrams, at: Tensor) -> Evaluation:
+        c, y = data.classes, None if q.y is None else q.y[at]
+        tau = None
+        if isinstance(rule, Damped):
+            whole = data.gram[:, 0] if data.total is None else data.total
+            tau = damping(rule, whole, c.log_prob)
+        fi, rank = solve(rule, data.gram, c.log_prob, data.label, data.grad, data.rtol, tau)
+        if any(closed):
+            mask = torch.tensor(closed, device=fi.device)
+            full = sort_classes(c.logits, y, None) if c.lumped else c
+            whole_rank = _closed_form(full, q.objective, y)
+            assert whole_rank is not None and rank is not None
+            fi = torch.where(mask, whole_rank[:, None], fi)
+            contrasts = c.log_prob.isfinite().sum(1, keepdim=True) - 1  # fewer where lumped
+            rank = torch.where(mask, contrasts, rank)
+        if single:
+            fi, rank = fi[:, 0], None if rank is None else rank[:, 0]
+        return _part(fi, rank, c, y, data.dtype)
+
+    return sweep_chunks(q, grams.chunks(), grams, work)._replace(**facts)
+
+
+def _closed(q: Request, rule: Inverse, plan: Plan, groups: Blocks) -> tuple[str, ...]:
+    """Names of the blocks for which the closed form is proved: those with the head's bias."""
+    certain = q.objective == "cross_entropy" or (q.objective in _BALANCED and q.lump is None)
+    if plan.head is None or not certain or not isinstance(rule, Exact):
+        return ()
+    named = zip(groups.names, groups.members, strict=True)
+    return tuple(name for name, members in named if plan.head in members)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,13 @@ class Influence(NamedTuple):
             for Damped, which drops none.
         label: [B] int64, the class whose objective was measured: y, or the predicted class.
         log_prob: [B] float64, log P of that class.
-        names: the perturbed blocks, ``("input",)``.
+        names: the perturbed blocks, one for each column of ``fi``: ``("input",)``, ``("params",)``,
+            ``("all",)``, the layers' names, or those given.
+        closed_form: names of the blocks whose FI is the closed form at full rank, asked for with
+            ``assume_full_rank``, or proved: the model returns the very output of an affine map
+            whose bias belongs to the block and is used nowhere else (Exact).
+        unreached: names of perturbed parameters that the logits do not depend on, in this model and
+            for any sample; a block of such parameters alone has FI 0 and rank 0.
     """
 
     fi: Tensor
@@ -33,6 +40,8 @@ class Influence(NamedTuple):
     label: Tensor
     log_prob: Tensor
     names: tuple[str, ...]
+    closed_form: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -56,7 +65,7 @@ def influence(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    wrt: str = "input",
+    wrt: str | Sequence[str] = "input",
     objective: str | Objective = "cross_entropy",
     inverse: Inverse | str = "exact",
     outputs: str = "logits",
@@ -128,4 +137,5 @@ def influence(
     fi = finish(result.fi, dtype, result.dtype)
     if not full_output:
         return fi
-    return Influence(fi, result.rank, result.label, result.log_prob, ("input",))
+    facts = result.names, result.closed_form, result.unreached
+    return Influence(fi, result.rank, result.label, result.log_prob, *facts)

@@ -130,7 +130,7 @@ class ChunkPlan:
         if fixed is None and _rememberable(model):
             known = _known.get(model, {}).get(self._key)
             if known is not None:
-                self._use(known)
+                self.use(known)
 
     def measure(self, meter: ActivationMeter, samples: int, row_bytes: int) -> None:
         """Sets the size from what ``samples`` samples kept: saved activations, as much again for
@@ -140,9 +140,10 @@ class ChunkPlan:
         )
         if _rememberable(self._model):
             _known.setdefault(self._model, {})[self._key] = footprint
-        self._use(footprint)
+        self.use(footprint)
 
-    def _use(self, footprint: Footprint) -> None:
+    def use(self, footprint: Footprint) -> None:
+        """Sets the size from what a sample takes."""
         self.size = max(1, self.budget // max(1, 2 * footprint.saved + footprint.rows))
         if self.device.type == "cpu" and footprint.largest > 0:
             self.size = min(self.size, max(1, CPU_ACTIVATION_BYTES // footprint.largest))

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastfi._checks import check_finite, check_log_prob_sum, check_prob
 from fastfi.errors import OptionError, OutputError
 
-__all__ = ["OUTPUTS", "check_outputs", "eagerly", "forward"]
+__all__ = ["OUTPUTS", "check_outputs", "eagerly", "forward", "logits_of"]
 
 OUTPUTS = ("logits", "log_probs", "probs")
 
@@ -54,7 +54,8 @@ def check_outputs(outputs: str) -> None:
         )
 
 
-def _tensor(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The tensor in a model's output: itself, or its ``.logits``."""
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else None
@@ -77,7 +78,7 @@ def forward(model: Any, x: Tensor, outputs: str) -> Tensor:
         OutputError: the model's output is not a batch of class scores.
         NonFiniteError: an output is NaN or infinite, or a probability is 0.
     """
-    z = _tensor(model(x.clone()))  # a copy, so that a model may work in place on its input
+    z = logits_of(model(x.clone()))  # a copy, so that a model may work in place on its input
     batch = x.shape[0]
     if not z.is_floating_point():
         raise OutputError(f"model: expected floating-point {outputs}, got {z.dtype}")

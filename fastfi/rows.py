@@ -23,7 +23,8 @@ from fastfi.memory import ActivationMeter, ChunkPlan
 from fastfi.model import eagerly, forward
 from fastfi.objectives import Objective, logit_gradient
 
-__all__ = ["InputRows", "Recorded", "gram_of", "input_rows", "measure", "pull_back_rows", "record"]
+__all__ = ["Contrasts", "InputRows", "Recorded", "contrasts", "gram_of", "input_rows", "measure"]
+__all__ += ["pull_back_rows", "record"]
 
 
 @dataclass(frozen=True)
@@ -102,26 +103,74 @@ class Recorded:
     z: Tensor
 
 
-def record(model: Any, x: Tensor, outputs: str, meter: ActivationMeter | None = None) -> Recorded:
+def record(
+    model: Any,
+    x: Tensor,
+    outputs: str,
+    meter: ActivationMeter | None = None,
+    *,
+    to_input: bool = True,
+) -> Recorded:
     """The forward pass of one chunk x [B, ...], whatever the caller's grad mode.
 
     Args:
         meter: records the bytes that the pass keeps for the backward passes.
+        to_input: whether the graph goes back to x; else only to the model's parameters.
 
     Raises:
         OutputError, NonFiniteError: see :func:`fastfi.model.forward`; OutputError too where the
             logits do not depend on the input through autograd.
     """
     with torch.inference_mode(False):
-        leaf = _leaf(x).requires_grad_()
+        leaf = _leaf(x).requires_grad_(to_input)
         with torch.enable_grad(), eagerly(), meter or nullcontext():
             z = forward(model, leaf, outputs)
     if not z.requires_grad:
+        what = "x" if to_input else "the parameters"
         raise OutputError(
-            "model: expected logits that autograd can differentiate with respect to x, got a "
+            f"model: expected logits that autograd can differentiate with respect to {what}, got a "
             "tensor without a gradient (a detach() or torch.no_grad() inside the model?)"
         )
     return Recorded(leaf, z)
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """The rows' cotangents, and what the solves need beside the rows.
+
+    Attributes:
+        classes: the sorted classes.
+        label: [B], the label's position, for cross-entropy; else None.
+        grad: [B, K'] float64, df/dz by position, for objectives with sum g = 0; else None.
+        own: [B, K] float64, the cotangent of h itself where it is one more row; else None.
+    """
+
+    classes: SortedClasses
+    label: Tensor | None
+    grad: Tensor | None
+    own: Tensor | None
+
+    @property
+    def count(self) -> int:
+        """Rows: K' - 1 contrasts, and h where it is one of them."""
+        return self.classes.log_prob.shape[1] - 1 + (self.own is not None)
+
+    def cotangent(self, row: int) -> Tensor:
+        """df/dz of one row, [B, K] float64."""
+        if row < self.classes.log_prob.shape[1] - 1:
+            return self.classes.cotangent(row + 1)
+        assert self.own is not None
+        return self.own
+
+
+def contrasts(
+    z: Tensor, y: Tensor | None, objective: str | Objective, lump: float | None
+) -> Contrasts:
+    """The rows for logits z [B, K]; y [B] int64 below K, or None for the predicted class."""
+    classes = sort_classes(z, y, lump)
+    grad, own = _objective_gradient(objective, classes, classes.predicted if y is None else y)
+    position = classes.position if objective == "cross_entropy" else None
+    return Contrasts(classes, position, grad, own)
 
 
 def pull_back_rows(
@@ -138,18 +187,11 @@ def pull_back_rows(
         torch.autocast(leaf.device.type, enabled=False),
         torch.no_grad(),
     ):
-        classes = sort_classes(z, y, lump)
-        label = classes.predicted if y is None else y
-        grad, own = _objective_gradient(objective, classes, label)
-        contrasts = classes.log_prob.shape[1] - 1
-        count = contrasts + (own is not None)
-        rows = leaf.new_empty((leaf.shape[0], count, *leaf.shape[1:]))
-        for r in range(count):
-            cotangent = classes.cotangent(r + 1) if r < contrasts else own
-            assert cotangent is not None
-            rows[:, r] = _pull_back(z, leaf, cotangent, keep_graph=r + 1 < count)
-    position = classes.position if objective == "cross_entropy" else None
-    return InputRows(rows.flatten(2), classes, position, grad, z.dtype)
+        c = contrasts(z, y, objective, lump)
+        rows = leaf.new_empty((leaf.shape[0], c.count, *leaf.shape[1:]))
+        for r in range(c.count):
+            rows[:, r] = _pull_back(z, leaf, c.cotangent(r), keep_graph=r + 1 < c.count)
+    return InputRows(rows.flatten(2), c.classes, c.label, c.grad, z.dtype)
 
 
 def measure(

@@ -25,7 +25,7 @@ from fastfi.model import check_outputs, forward
 from fastfi.objectives import Objective, as_objective
 from fastfi.rows import InputRows, input_rows, measure
 
-__all__ = ["FORWARD_CHUNK", "Request", "join", "run_chunks", "sweep"]
+__all__ = ["FORWARD_CHUNK", "Request", "join", "run_chunks", "sweep", "sweep_chunks"]
 
 # Samples of a forward pass without gradient, where nothing is kept.
 FORWARD_CHUNK = 256
@@ -56,14 +56,16 @@ class Request(NamedTuple):
         outputs: str = "logits",
         lump: float | None = None,
         memory_budget: int | None = None,
+        integers: bool = False,
     ) -> Request:
-        """Raises the exceptions of :func:`fastfi.influence` for arguments that cannot be used."""
+        """Raises the exceptions of :func:`fastfi.influence` for arguments that cannot be used;
+        ``integers`` allows x to hold them (tokens)."""
         objective = as_objective(objective)
         check_outputs(outputs)
         check_lump(lump)
         check_budget(memory_budget)
         check_model(model)
-        check_input(x)
+        check_input(x, integers)
         if y is not None:
             y = check_labels(y, x.shape[0], x.device)
         return Request(model, x, y, objective, outputs, lump, memory_budget)
@@ -133,17 +135,43 @@ def sweep(
         The named tuple of the whole batch.
     """
     plan = q.plan(variant=(extra_bytes, row_copies))
+
+    def rows(x: Tensor, part: slice, y: Tensor | None) -> InputRows:
+        return input_rows(
+            q.model, x, part, y, outputs=q.outputs, objective=q.objective, lump=q.lump
+        )
+
+    def measured(x: Tensor) -> None:
+        measure(q.model, x, plan, q.outputs, q.lump, extra_bytes, row_copies)
+
+    return sweep_chunks(q, plan, rows, work, measured)
+
+
+D = TypeVar("D")
+
+
+def sweep_chunks(
+    q: Request,
+    plan: ChunkPlan,
+    rows: Callable[[Tensor, slice, Tensor | None], D],
+    work: Callable[[D, Tensor], T],
+    measured: Callable[[Tensor], None] = lambda x: None,
+) -> T:
+    """The same for rows of any kind.
+
+    Args:
+        rows: called with all samples x and labels y, in the order of computation, and a slice.
+        measured: called once with the samples, before the first chunk.
+    """
     order = _by_lumped_count(q) if q.lump is not None and len(q.x) > plan.size else None
     # In the order of computation from here on.
     x, y = (q.x, q.y) if order is None else (q.x[order], None if q.y is None else q.y[order])
     positions = torch.arange(len(x), device=x.device) if order is None else order
 
     def run(part: slice) -> T:
-        data = input_rows(
-            q.model, x, part, y, outputs=q.outputs, objective=q.objective, lump=q.lump
-        )
+        data = rows(x, part, y)
         with torch.autocast(x.device.type, enabled=False), torch.no_grad():
             return work(data, positions[part])
 
-    measure(q.model, x, plan, q.outputs, q.lump, extra_bytes, row_copies)
+    measured(x)
     return run_chunks(q, plan, run, order)

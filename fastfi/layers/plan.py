@@ -1,0 +1,397 @@
+"""Finds out how a model uses its parameters, on five samples, and proves the rules on them.
+
+Two traces with two and three samples show where the samples lie in every tensor. The squared
+length of every parameter's gradient, by the rules, is then compared with autograd's own; where they
+differ, or an operation has no rule, the innermost module that contains the parameter is tapped as a
+whole, then the one around it. What no tap explains is an error: nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from fastfi.errors import OptionError
+from fastfi.layers.batching import Batching, batched_dimension
+from fastfi.layers.calls import Call, tapped_modules
+from fastfi.layers.cotangents import Cotangents, root_grams
+from fastfi.layers.parameters import Parameters
+from fastfi.layers.rules import AFFINE
+from fastfi.layers.tape import Choices, Tape
+from fastfi.layers.uses import Scaled, Use
+from fastfi.memory import ActivationMeter
+from fastfi.model import logits_of
+from fastfi.rows import Recorded, record
+
+__all__ = ["Plan", "Stale", "Trace", "plan_for", "trace"]
+
+_FEW, _MANY = 2, 3
+
+
+class Stale(Exception):
+    """The model did not do what its plan says: other operations than in the samples before."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model uses its parameters.
+
+    Attributes:
+        choices: for the tapes.
+        calls: modules tapped as a whole: their parameters' numbers, by the module's name.
+        loops: those of them that vmap cannot run.
+        uses: of each use in turn: operation, parameters.
+        batchings: of each use's tensors.
+        unreached: parameters that do not reach the logits.
+        head: the parameter that is proved to be the logits' own bias, or None.
+        classes: K.
+        saved, largest: bytes that autograd saves for a sample, in all and in its largest storage.
+        held: bytes of the cotangents that one row of one sample keeps.
+    """
+
+    choices: Choices = Choices()
+    calls: Mapping[str, tuple[int, ...]] = None  # type: ignore[assignment]
+    loops: frozenset[str] = frozenset()
+    uses: tuple[Any, ...] = ()
+    batchings: tuple[Sequence[Batching | None], ...] = ()
+    unreached: frozenset[int] = frozenset()
+    head: int | None = None
+    classes: int = 0
+    saved: int = 0
+    largest: int = 0
+    held: int = 0
+
+
+@dataclass
+class Trace:
+    """A forward pass on a tape.
+
+    Attributes:
+        recorded: the logits' graph.
+        tape: what was noted.
+        raw: the model's own output tensor.
+    """
+
+    recorded: Recorded
+    tape: Tape
+    raw: Tensor
+
+
+def trace(
+    parameters: Parameters,
+    x: Tensor,
+    outputs: str,
+    plan: Plan,
+    *,
+    to_input: bool = False,
+    meter: ActivationMeter | None = None,
+) -> Trace:
+    """One forward pass of x with the taps that the plan asks for.
+
+    Args:
+        to_input: whether x needs cotangents too.
+        meter: counts what autograd saves.
+    """
+    tape = Tape(parameters.tensors, parameters.constants(), plan.choices)
+    raw: list[Tensor] = []
+
+    def model(x: Tensor) -> Any:
+        out = parameters.model(x)
+        raw.append(logits_of(out))
+        return out
+
+    calls = {}
+    for name, roots in (plan.calls or {}).items():
+        calls[parameters.module.get_submodule(name)] = (name, parameters.within(name, roots))
+    with tapped_modules(tape, calls, plan.loops), tape:
+        recorded = record(model, x, outputs, meter, to_input=to_input)
+    return Trace(recorded, tape, raw[-1])
+
+
+def _signature(use: Use | Call) -> tuple[str, tuple[int, ...]]:
+    return use.what, use.roots
+
+
+def assign(t: Trace, plan: Plan) -> None:
+    """Gives each use the batchings of the plan; Stale where the uses are others."""
+    batch = t.recorded.z.shape[0]
+    uses = t.tape.uses
+    if tuple(map(_signature, uses)) != plan.uses or t.tape.unruled:
+        raise Stale
+    for use, batchings in zip(uses, plan.batchings, strict=True):
+        for shape, b in zip(use.shapes(), batchings, strict=True):
+            if b is not None and (len(shape) <= b.dim or shape[b.dim] % batch):
+                raise Stale
+        use.assign(batchings)
+        if any(k.overwritten for k in use.kept()):
+            raise Stale
+
+
+def _places(d: Tensor, dim: int) -> set[int]:
+    """The indices along a dimension at which a tensor is not zero."""
+    there = (d != 0).movedim(dim, 0).reshape(d.shape[dim], -1).any(1)
+    return set(there.nonzero().flatten().tolist())
+
+
+def _minor(d: Sequence[Tensor], dim: int) -> bool | None:
+    """Whether the samples run fastest along a dimension, and not slowest; None if neither fits.
+
+    Args:
+        d: cotangents of the second and of the third of three samples alone.
+    """
+    each = d[0].shape[dim] // _MANY
+    places = [_places(t, dim) for t in d]
+    major = [{divmod(i, each) for i in p} for p in places]
+    minor = [{divmod(i, _MANY)[::-1] for i in p} for p in places]
+    # As (sample, position): the reading must name the right samples, and if both do (few places are
+    # not zero), the samples should have the same positions.
+    fits = [all(s == i + 1 for i, at in enumerate(r) for s, _ in at) for r in (major, minor)]
+    if fits[0] and fits[1] and each > 1:
+        shared = [len({p for _, p in a} & {p for _, p in b}) for a, b in (major, minor)]
+        return shared[1] > shared[0]
+    return None if not any(fits) else not fits[0]
+
+
+def _batchings(
+    few: Use | Call, many: Use | Call, grads: Sequence[Sequence[Tensor | None]]
+) -> list[Batching | None] | None:
+    """Where the samples lie in each of a use's tensors; None if that is not clear for an output
+    that the logits depend on.
+
+    Args:
+        grads: by edge, cotangents of the second and of the third of three samples' logits.
+    """
+    found: list[Batching | None] = []
+    minor = False
+    edges = many.edges
+    for i, (s, t) in enumerate(zip(few.shapes(), many.shapes(), strict=True)):
+        dim = batched_dimension(s, t, (_FEW, _MANY))
+        d = [g[edges[i]] for g in grads] if i < len(edges) else [None]
+        reached = [t for t in d if t is not None]
+        if reached and dim is None:
+            return None
+        if reached and dim is not None:
+            order = _minor(reached, dim)
+            if order is None:
+                return None
+            minor = order
+        found.append(None if dim is None else Batching(dim, minor))
+    if isinstance(many, Scaled) and found[0] is not None and many.aligned[found[0].dim] != 1:
+        return None
+    return found
+
+
+def _squares(
+    t: Trace, batchings: Sequence[Sequence[Batching | None]], grads: Sequence[Tensor | None]
+) -> dict[int, list[float]]:
+    """The squared lengths of each parameter's gradients by the rules, for the three samples."""
+    for use, b in zip(t.tape.uses, batchings, strict=True):
+        if b[0] is not None or isinstance(use, Call):
+            use.assign(b)
+    uses = [u for u in t.tape.uses if any(grads[e] is not None for e in u.edges)]
+    gathered = Cotangents(uses, _MANY, 1)
+    gathered.take(0, grads)
+    return {root: n[:, 0, 0].tolist() for root, n in root_grams(gathered)}
+
+
+def _head(t: Trace, outputs: str, roots_used: Sequence[tuple[int, ...]]) -> int | None:
+    """The parameter b of which the logits are W x + b: they are the very output of an affine map,
+    and nothing else uses b. Then dz/db = I, whatever comes before."""
+    if outputs != "logits" or not t.raw.requires_grad:
+        return None
+    end = get_gradient_edge(t.raw)
+    for use in t.tape.uses:
+        if not isinstance(use, Scaled) or use.what != AFFINE or len(use.out) != 2:
+            continue
+        edge, source = t.tape.edges[use.edge], use.source
+        ends_here = edge.node is end.node and edge.output_nr == end.output_nr
+        whole = source.in_order and source.numel == use.out[1]
+        alone = sum(source.root in roots for roots in roots_used) == 1
+        if ends_here and whole and alone and use.batching == Batching(0) and use.out[0] == _MANY:
+            return source.root
+    return None
+
+
+class _Search:
+    """The plan as it grows."""
+
+    def __init__(self, parameters: Parameters, x: Tensor, outputs: str) -> None:
+        self.parameters, self.outputs = parameters, outputs
+        at = torch.arange(_FEW + _MANY, device=x.device) % len(x)
+        with torch.inference_mode(False):
+            samples = x.clone() if x.is_inference() else x
+            self.few, self.many = samples[at[:_FEW]], samples[at[_FEW:]]
+        self.level: dict[int, int] = {}  # how far out a parameter's tapped module is
+        self.constant: frozenset[Any] = frozenset()
+        self.loops: frozenset[str] = frozenset()
+
+    def _plan(self, copied: frozenset[int] = frozenset()) -> Plan:
+        calls: dict[str, list[int]] = {}
+        for root, level in sorted(self.level.items()):
+            calls.setdefault(self.parameters.around(root)[level], []).append(root)
+        choices = Choices(frozenset(self.level), self.constant, copied)
+        return Plan(choices, {n: tuple(r) for n, r in calls.items()}, self.loops)
+
+    def _escalate(self, roots: set[int], why: str) -> None:
+        """Taps the next module around each of these parameters."""
+        for root in roots:
+            self.level[root] = self.level.get(root, -1) + 1
+        lost = [r for r in roots if self.level[r] >= len(self.parameters.around(r))]
+        if lost:
+            names = ", ".join(self.parameters.names[r] for r in sorted(lost)[:5])
+            raise OptionError(
+                "wrt: expected parameters whose per-sample gradients follow from the operations "
+                f"that use them or from one of their modules' calls, got {names} ({why})"
+            )
+
+    def run(self) -> Plan:
+        """Raises OptionError naming the parameters that nothing covers."""
+        while True:
+            plan = self._attempt()
+            if plan is not None:
+                return plan
+
+    def _attempt(self) -> Plan | None:
+        """One round: the plan, or None after a change."""
+        plan = self._plan()
+        meter = ActivationMeter()
+        few = trace(self.parameters, self.few, self.outputs, plan, meter=meter)
+        many = trace(self.parameters, self.many, self.outputs, plan)
+        overwritten = frozenset(
+            i for i, u in enumerate(many.tape.uses) if any(k.overwritten for k in u.kept())
+        )
+        if overwritten:
+            plan = self._plan(overwritten)
+            many = trace(self.parameters, self.many, self.outputs, plan)
+        if few.tape.unruled or many.tape.unruled:
+            unruled = {**few.tape.unruled, **many.tape.unruled}
+            self._escalate(set(unruled), f"in {', '.join(sorted(set(unruled.values())))}")
+            return None
+        uses = many.tape.uses
+        if [*map(_signature, uses)] != [*map(_signature, few.tape.uses)]:
+            raise OptionError(
+                "model: expected the same operations on the parameters whatever the batch is, got "
+                "others for two samples than for three"
+            )
+        edges, own = self._gradients(many, 1)
+        others, _ = self._gradients(many, 2)
+        batchings = []
+        for one, other in zip(few.tape.uses, uses, strict=True):
+            found = _batchings(one, other, (edges, others))
+            if found is None:
+                self._without_samples(other)
+                return None
+            batchings.append(found)
+        try:
+            squares = _squares(many, batchings, edges)
+        except Exception as error:
+            taps = [u for u in uses if isinstance(u, Call)]
+            if not taps:
+                raise
+            # vmap cannot run one of these modules, or one cannot run sample by sample.
+            if all(u.what in self.loops for u in taps):
+                self._escalate({r for u in taps for r in u.roots}, f"{type(error).__name__}: {error}")
+            self.loops = self.loops | {u.what for u in taps}
+            return None
+        wrong = self._wrong(squares, own)
+        if wrong:
+            self._escalate(wrong, "their gradients differ from autograd's")
+            return None
+        held = [edges[e] for u in uses if not isinstance(u, Scaled) for e in u.edges]
+        unreached = frozenset(r for r, g in enumerate(own) if g is None)
+        return Plan(
+            plan.choices,
+            plan.calls,
+            plan.loops,
+            tuple(map(_signature, uses)),
+            tuple(batchings),
+            unreached,
+            _head(many, self.outputs, [u.roots for u in uses]),
+            many.recorded.z.shape[1],
+            meter.total // _FEW,
+            meter.largest // _FEW,
+            sum(d.nbytes for d in held if d is not None) // _MANY,
+        )
+
+    def _gradients(
+        self, t: Trace, sample: int
+    ) -> tuple[list[Tensor | None], list[float | None]]:
+        """Cotangents of every edge, and the squared lengths of every parameter's gradient, for a
+        random function of one sample's logits."""
+        z = t.recorded.z
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(z.shape[1], generator=generator, dtype=torch.float64)
+        cotangent = torch.zeros_like(z)
+        cotangent[sample] = weights.to(z)
+        inputs = [*t.tape.edges, *(self.parameters.tensors if sample == 1 else ())]
+        with torch.autocast(z.device.type, enabled=False):
+            grads = torch.autograd.grad(
+                z, inputs, cotangent, retain_graph=True, allow_unused=True
+            )
+        count = len(t.tape.edges)
+        own = [None if g is None else _square(g) for g in grads[count:]]
+        return list(grads[:count]), own
+
+    def _without_samples(self, use: Use | Call) -> None:
+        """An output in which no dimension grows with the batch, or not sample by sample."""
+        key = (use.what, frozenset(use.roots), tuple(use.shapes()[0]))
+        if isinstance(use, Scaled) and key not in self.constant and use.what != AFFINE:
+            self.constant = self.constant | {key}
+        else:
+            why = f"where {use.what or 'the model'} keeps the samples is not clear, or it mixes them"
+            self._escalate(set(use.roots), why)
+
+    def _wrong(self, squares: Mapping[int, list[float]], own: Sequence[float | None]) -> set[int]:
+        """Parameters whose gradient has another length than autograd's."""
+        total = sum(g for g in own if g is not None)
+        dtype = torch.promote_types(self.parameters.dtype, torch.float32)
+        if torch.is_autocast_enabled(self.many.device.type):
+            dtype = torch.get_autocast_dtype(self.many.device.type)
+        elif self.parameters.dtype in (torch.float16, torch.bfloat16):
+            dtype = self.parameters.dtype
+        eps = torch.finfo(dtype).eps
+        wrong = set()
+        for root, g in enumerate(own):
+            first, found, third = squares.get(root, [0.0] * _MANY)
+            expected = g or 0.0
+            # Gradients that cancel (keys' biases in attention) are rounding noise.
+            noise = (100 * eps) ** 2 * total
+            scale = max(expected, found)
+            difference = abs(expected - found) + first + third
+            if not difference <= min(0.5, 1e4 * eps) * scale + noise:
+                wrong.add(root)
+        return wrong
+
+
+def _square(g: Tensor) -> float:
+    g = g.coalesce().values() if g.is_sparse else g
+    return float(g.double().square().sum())
+
+
+_plans: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
+
+
+def plan_for(parameters: Parameters, x: Tensor, outputs: str, fresh: bool = False) -> Plan:
+    """The plan for inputs like x; found once for a model and kind of input.
+
+    Args:
+        fresh: search again.
+
+    Raises:
+        OptionError: a parameter that no rule and no fallback covers.
+    """
+    known = _plans.setdefault(parameters.module, {})
+    device = x.device.type
+    autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    key = (parameters.key(), x.shape[1:], x.dtype, x.device, autocast, outputs)
+    if fresh or key not in known:
+        known[key] = _Search(parameters, x, outputs).run()
+    return known[key]
+
+

@@ -1,0 +1,213 @@
+"""A forward pass that notes every operation on a parameter.
+
+torch calls a ``TorchFunctionMode`` for each function that the model uses, so that what counts is
+what is done with a parameter, not in which module: weights used functionally, several times, or
+tied are all seen. For each such operation the tape keeps its input and the edge of the autograd
+graph at its output; K - 1 backward passes then give the cotangents of these edges, and no gradient
+of a weight is ever computed. An edge stays valid when the output is overwritten in place later.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from fastfi.layers.source import Source
+from fastfi.layers.uses import Kept, Pulled, Scaled, Use
+
+__all__ = ["Choices", "Tape"]
+
+
+class Choices(NamedTuple):
+    """What the plan has found out about a model, for its tapes.
+
+    Attributes:
+        in_calls: the parameters that a module's own tap covers; operations on them are not noted.
+        constant: operations that broadcast a parameter without the samples (keys as in
+            :meth:`Tape.key`).
+        copied: numbers of the uses whose input the model overwrites.
+    """
+
+    in_calls: frozenset[int] = frozenset()
+    constant: frozenset[Any] = frozenset()
+    copied: frozenset[int] = frozenset()
+
+
+class _Derived(NamedTuple):
+    """A tensor computed from parameters and constants alone, but no view of a parameter."""
+
+    roots: frozenset[int]
+
+
+_CONSTANT = _Derived(frozenset())
+
+# Functions of torch.nn.functional, written in Python, that call others with parameters.
+_TRANSPARENT = frozenset({nn.functional.multi_head_attention_forward})
+
+
+def _open(func: types.FunctionType) -> Callable[..., Any]:
+    """The function without its own check for modes, which would call the mode again."""
+    scope = {**func.__globals__, "has_torch_function": lambda *_: False}
+    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among them, and one level of lists and tuples below."""
+    found = []
+    for v in values:
+        if isinstance(v, Tensor):
+            found.append(v)
+        elif isinstance(v, (list, tuple)):
+            found += [t for t in v if isinstance(t, Tensor)]
+    return found
+
+
+class Tape(TorchFunctionMode):
+    """Active during a forward pass (``with tape:``), it fills ``edges`` and ``uses``.
+
+    Args:
+        parameters: those to watch; their numbers are their positions.
+        constants: the model's other tensors: frozen parameters, buffers.
+        choices: see :class:`Choices`.
+
+    Attributes:
+        edges: the outputs whose cotangents the uses need.
+        uses: in the order of execution.
+        unruled: parameters with an operation that has no rule, and its name.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], constants: Iterable[Tensor], choices: Choices
+    ) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.choices = choices
+        self.edges: list[GradientEdge] = []
+        self.uses: list[Use] = []
+        self.unruled: dict[int, str] = {}
+        # By id; the tensors are held, so that no id is used again.
+        self._known: dict[int, tuple[Tensor, Source | _Derived]] = {}
+        for t in constants:
+            self._know(t, _CONSTANT)
+        for root, parameter in enumerate(parameters):
+            if root in choices.in_calls:
+                self._know(parameter, _CONSTANT)
+            else:
+                self._know(parameter, Source.of(root, parameter, parameter))
+
+    def _know(self, t: Tensor, what: Source | _Derived) -> None:
+        self._known[id(t)] = (t, what)
+
+    def what(self, t: Any) -> Source | _Derived | None:
+        """What is known of a value: a view of a parameter, something derived, or None for an
+        activation."""
+        known = self._known.get(id(t))
+        return None if known is None else known[1]
+
+    def source(self, t: Any) -> Source | None:
+        """The view that a value is, if it is one that can be followed."""
+        what = self.what(t)
+        return what if isinstance(what, Source) else None
+
+    def roots(self, values: Iterable[Any]) -> frozenset[int]:
+        """The parameters that these values hold or derive from."""
+        found: set[int] = set()
+        for t in tensors(values):
+            what = self.what(t)
+            if isinstance(what, Source):
+                found.add(what.root)
+            elif what is not None:
+                found |= what.roots
+        return frozenset(found)
+
+    def key(self, func: Any, values: Iterable[Any], shape: Sequence[int]) -> Any:
+        """Names an operation on parameters alone, whatever the batch is."""
+        return func.__name__, self.roots(values), tuple(shape)
+
+    def edge(self, out: Tensor) -> tuple[Tensor, int | None]:
+        """Taps an operation's output: the output to go on with, and the edge's number, or None
+        where no gradient flows (under no_grad)."""
+        if not out.requires_grad:
+            return out, None
+        if out._is_view():
+            # An in-place operation on a view rewrites the graph before it.
+            out = torch.ops.aten._unsafe_view(out, out.shape)
+        self.edges.append(get_gradient_edge(out))
+        return out, len(self.edges) - 1
+
+    def keep(self, t: Tensor) -> Kept:
+        """The activation that the next use reads."""
+        return Kept(t, len(self.uses) in self.choices.copied)
+
+    def add_scaled(
+        self, what: str, t: Tensor, edge: int, shape: Sequence[int], aligned: Sequence[int]
+    ) -> None:
+        """The use of a parameter, or of a tensor computed from some, that was spread out."""
+        source, shape, aligned = self.source(t), tuple(shape), tuple(aligned)
+        if source is not None:
+            self.uses.append(Scaled(what, source, edge, shape, aligned, None))
+            return
+        origins = {root: self.parameters[root] for root in sorted(self.roots([t]))}
+        source = Source.of(next(iter(origins)), t, t)
+        use = Pulled(what, source, edge, shape, aligned, None, derived=t, origins=origins)
+        self.uses.append(use)
+
+    def note(self, func: Any, values: Sequence[Any], out: Any) -> None:
+        """Follows what becomes of parameters outside of the rules."""
+        arguments = tensors(values)
+        roots = self.roots(values)
+        activations = [t for t in arguments if self.what(t) is None]
+        outputs = [t for t in tensors([out]) if not any(t is a for a in arguments)]
+        if activations:
+            if outputs and roots and any(t.is_floating_point() for t in outputs):
+                for root in roots:
+                    self.unruled.setdefault(root, getattr(func, "__name__", str(func)))
+            return
+        sources = [s for t in arguments if (s := self.source(t)) is not None]
+        for t in outputs:
+            root = sources[0].root if len(sources) == len(arguments) == 1 else None
+            if root is not None and _shares(t, self.parameters[root]):
+                self._know(t, Source.of(root, self.parameters[root], t))
+            else:
+                self._know(t, _Derived(roots))
+
+    def __torch_function__(
+        self,
+        func: Any,
+        kinds: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        from fastfi.layers.rules import RULES
+
+        kwargs = kwargs or {}
+        if func in _TRANSPARENT:
+            with self:
+                return _open(func)(*args, **kwargs)
+        values = [*args, *kwargs.values()]
+        if self.roots(values):
+            rule = RULES.get(getattr(func, "__name__", ""))
+            if rule is not None:
+                out = rule(self, func, args, kwargs)
+                if out is not NotImplemented:
+                    return out
+        out = func(*args, **kwargs)
+        self.note(func, values, out)
+        return out
+
+
+def _shares(view: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor is a view of the parameter's own memory, in its own precision."""
+    return (
+        view.dtype == parameter.dtype
+        and view.layout == parameter.layout == torch.strided
+        and view.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+    )
