@@ -6,6 +6,8 @@ where torch.linalg is right too; the accuracy contract proper is the tests' busi
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor
 
 import fastfi
-from bench import baselines, map_baselines
+from bench import baselines, layer_baselines, map_baselines
+from bench.layer_peers import PEERS, prepare
+from bench.layer_problems import influence, layer_network
 from bench.map_problems import PROBLEMS, RULES, solve_maps
 from bench.workloads import NETWORKS, network, problems
 from fastfi.backends import reference, reference_windows
@@ -151,8 +155,48 @@ def _maps() -> Iterator[Check]:
             yield Check(f"{title} loop of two SVDs", difference, bound)
 
 
+def _layers() -> Iterator[Check]:
+    # Float32 gradients err by some 1e-6 of the largest, and FI by as much times the range of a
+    # layer's singular values, which is below 100 at a spread of 1: within the contract's end-to-end
+    # bound. The Jacobian is computed in float64: products in float32 cannot tell a singular value
+    # below the truncated rule's 1e-3 from zero where the largest is 50.
+    bound = 1e-3
+    for name in ("SmallCNN", "ResNet-18", "ResNet-50"):
+        q = layer_network(name, 2)
+        wide = copy.deepcopy(q.model).double()
+        grams = layer_baselines.jacrev_grams(wide, q.x.double())
+        total = grams._replace(gram=grams.gram.sum(1, keepdim=True))  # all parameters together
+        for rule in ("exact", "truncated", "damped"):
+            title = f"layers, {name}, {rule}"
+            got = influence(q, rule, dtype=torch.float64)
+            want = layer_baselines.solve(grams, q.y, rule)
+            yield Check(f"{title}, fastfi and jacrev in float64", _relative(got, want), bound)
+            params = influence(q, rule, wrt="params", dtype=torch.float64)
+            want = layer_baselines.solve(total, q.y, rule)[:, 0]
+            yield Check(f"{title}, params, fastfi and jacrev", _relative(params, want), bound)
+            if name != "ResNet-50":  # for the sake of time
+                naive = layer_baselines.naive_layers(q.model, q.x[:1], q.y[:1], rule)
+                yield Check(f"{title}, fastfi and naive", _relative(got[:1], naive), bound)
+    yield from _peers(bound)
+
+
+def _peers(bound: float) -> Iterator[Check]:
+    q = layer_network("SmallCNN", 4)
+    for method, peer in PEERS.items():
+        if importlib.util.find_spec(peer.package) is None:
+            continue
+        grams = prepare(peer, q.model)(q.x)
+        for rule in ("exact", "damped"):
+            wrt = "params" if peer.summed else "layers"
+            got = influence(q, rule, wrt=wrt, dtype=torch.float64).view(len(q.x), -1)
+            want = layer_baselines.solve(grams, q.y, rule)
+            title = f"{wrt}, SmallCNN, {rule}, fastfi and {method}"
+            yield Check(title, _relative(got, want), bound)
+
+
 def checks() -> Iterator[Check]:
     """Every check, computed as it is asked for."""
     yield from _operators()
     yield from _networks()
     yield from _maps()
+    yield from _layers()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-__all__ = ["AT_LEAST", "AT_MOST", "MEMORY", "Side", "memory", "race"]
+__all__ = ["AT_LEAST", "AT_MOST", "MEMORY", "REFUSED", "Side", "memory", "race", "refused"]
 
-AT_MOST, AT_LEAST, MEMORY = "at most", "at least", "memory"
+AT_MOST, AT_LEAST, MEMORY, REFUSED = "at most", "at least", "memory", "refused"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def race(
 
 def memory(
     benchmark: BenchmarkFixture,
-    child: Callable[[], dict[str, int]],
+    child: Callable[[], dict[str, Any]],
     *,
     work: str,
     yardstick: str,
@@ -88,18 +89,25 @@ def memory(
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        child: measures in a process of its own and returns ``peak_bytes`` and ``rows_bytes``.
-        work: what the table calls the work.
-        yardstick: what it calls the rows.
+        child: measures in a process of its own and returns ``peak_bytes``, ``yardstick_bytes`` and
+            whatever else is worth keeping; ``seconds`` per sample, where given, enter the table.
+        work: what the table calls the work; ``{name}`` stands for what the child returned.
+        yardstick: what it calls the yardstick, alike.
         section: the problem the table groups by.
         target: the ratio that the peak should not exceed, None where there is none.
     """
-    bytes_of = benchmark.pedantic(child, rounds=1)
+    measured = benchmark.pedantic(child, rounds=1)
     benchmark.extra_info.update(
         section=section,
-        work=work,
-        yardstick=yardstick,
+        work=work.format(**measured),
+        yardstick=yardstick.format(**measured),
         kind=MEMORY,
         target=target,
-        **bytes_of,
+        **measured,
     )
+
+
+def refused(benchmark: BenchmarkFixture, *, work: str, section: str, reason: str) -> None:
+    """Leaves the reason why something cannot be measured in ``benchmark.extra_info``."""
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.extra_info.update(section=section, work=work, kind=REFUSED, reason=reason)

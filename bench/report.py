@@ -24,7 +24,7 @@ import torch
 
 import fastfi
 from bench.agreement import checks
-from bench.race import AT_MOST, MEMORY
+from bench.race import AT_MOST, MEMORY, REFUSED
 
 __all__ = ["environment", "main", "memory_row", "row"]
 
@@ -130,23 +130,33 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def memory_row(info: dict[str, Any]) -> dict[str, Any]:
     """One line of the memory table from what ``memory`` left."""
-    ratio, target = info["peak_bytes"] / info["rows_bytes"], info["target"]
+    ratio, target = info["peak_bytes"] / info["yardstick_bytes"], info["target"]
     return {**info, "ratio": ratio, "met": None if target is None else ratio <= target}
 
 
 def memory_table(rows: Sequence[dict[str, Any]]) -> str:
     """The Markdown table of peak memory."""
     lines = [
-        "| problem | work | peak extra memory | yardstick | size | ratio | target | met |",
-        "|:--------|:-----|------------------:|:----------|-----:|------:|:-------|:----|",
+        "| problem | work | each | peak extra memory | yardstick | size | ratio | target | met |",
+        "|:--------|:-----|-----:|------------------:|:----------|-----:|------:|:-------|:----|",
     ]
     for r in rows:
-        peak, size = (f"{r[name] / 2**20:.1f} MiB" for name in ("peak_bytes", "rows_bytes"))
+        peak, size = (f"{r[name] / 2**20:.1f} MiB" for name in ("peak_bytes", "yardstick_bytes"))
         peak += "" if r["reset"] else " (at least)"
+        each = _seconds(r["seconds"]) if "seconds" in r else ""
         lines.append(
-            f"| {r['section']} | {r['work']} | {peak} | {r['yardstick']} | {size} "
+            f"| {r['section']} | {r['work']} | {each} | {peak} | {r['yardstick']} | {size} "
             f"| {r['ratio']:.2f} x | {_target(r, True)} | {_VERDICTS[r['met']]} |"
         )
+    return "\n".join(lines)
+
+
+def refused_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table of what could not be measured."""
+    lines = ["| problem | work | refused with |", "|:--------|:-----|:-------------|"]
+    for r in rows:
+        reason = r["reason"].replace("|", "\\|")
+        lines.append(f"| {r['section']} | {r['work']} | {reason} |")
     return "\n".join(lines)
 
 
@@ -199,16 +209,19 @@ def main() -> None:
     _agree()
     print(flush=True)
     measured = _time(options.selection)
-    races = [info for info in measured if info["kind"] != MEMORY]
+    races = [info for info in measured if info["kind"] not in (MEMORY, REFUSED)]
     order = {section: i for i, section in enumerate(dict.fromkeys(r["section"] for r in races))}
     rows = sorted((row(info) for info in races), key=lambda r: order[r["section"]])
     memory = [memory_row(info) for info in measured if info["kind"] == MEMORY]
-    tables = ([table(rows)] if rows else []) + ([memory_table(memory)] if memory else [])
+    refused = [info for info in measured if info["kind"] == REFUSED]
+    drawn = ((table, rows), (memory_table, memory), (refused_table, refused))
+    tables = [draw(part) for draw, part in drawn if part]
     print("", *tables, _describe(env), sep="\n\n")
     options.results.mkdir(parents=True, exist_ok=True)
     name = f"{env['date'][:10]}-{env['commit'].rstrip('+')}.json"
     path = options.results / name
     content = {"environment": env, "rows": rows, "memory": memory, "races": races}
+    content["refused"] = refused
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nWrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 

@@ -3,11 +3,6 @@ against ``bench.map_baselines``."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -22,6 +17,7 @@ from bench.map_problems import (
     rows_of,
     solve_maps,
 )
+from bench.memory import AVAILABLE, in_fresh_process
 from bench.race import AT_LEAST, AT_MOST, Side, memory, race
 
 EVERY_RULE = pytest.mark.parametrize("rule", RULES)
@@ -116,25 +112,19 @@ def test_against_eigh(benchmark: BenchmarkFixture, rule: str, name: str) -> None
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not AVAILABLE, reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     ("method", "rule", "target"),
     [*(("window_influence", rule, 2.0) for rule in RULES), ("eigh", "damped", None)],
 )
 def test_memory(benchmark: BenchmarkFixture, method: str, rule: str, target: float | None) -> None:
-    def child() -> dict[str, int]:
-        command = [sys.executable, "-m", "bench.map_memory", method, rule]
-        root = Path(__file__).resolve().parents[1]
-        done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
-        return json.loads(done.stdout)
-
     names = {
         "window_influence": f"window_influence, {rule}",
         "eigh": "box sums of products + torch.linalg.eigh, float64, one scale at a time",
     }
     memory(
         benchmark,
-        child,
+        lambda: in_fresh_process("bench.map_memory", method, rule),
         work=names[method],
         yardstick="the rows themselves",
         section="maps, 224 x 224 x 3, noise",

@@ -72,7 +72,9 @@ def linear_gram(a: Tensor, d: Tensor, ghost: bool) -> Tensor:
     if ghost:
         each = 8 * (positions * (a.shape[2] + positions) + 2 * n * positions * outputs)
     else:
-        each = a.element_size() * (positions * (a.shape[2] + n * outputs) + n * outputs * a.shape[2])
+        each = a.element_size() * (
+            positions * (a.shape[2] + n * outputs) + n * outputs * a.shape[2]
+        )
     way = _ghost if ghost else _direct
     parts = [way(a[part], d[part]) for part in _steps(batch, each)]
     return torch.cat(parts) if parts else d.new_zeros(0, n, n, dtype=torch.float64)

@@ -213,13 +213,17 @@ def _formed(c: Cotangents, number: int, part: slice, rows: slice) -> dict[int, T
         tensors = {r: use.module.get_parameter(n) for r, n in use.parameters.items()}
         grads = use.rows(d, part, c.batch)
         return {
-            root: _in_storage(Source.of(root, tensors[root], tensors[root]), g.reshape(*g.shape[:2], -1))
+            root: _in_storage(
+                Source.of(root, tensors[root], tensors[root]), g.reshape(*g.shape[:2], -1)
+            )
             for root, g in grads.items()
         }
     if isinstance(use, Pulled):
         grads = use.pull_back(c.small(number)[part, rows])
         return {
-            root: _in_storage(Source.of(root, p, p), grads[root].reshape(*grads[root].shape[:2], -1))
+            root: _in_storage(
+                Source.of(root, p, p), grads[root].reshape(*grads[root].shape[:2], -1)
+            )
             for root, p in use.origins.items()
             if root in grads
         }
@@ -256,7 +260,9 @@ def _formed_grams(
     for i in numbers:
         use = c.uses[i]
         if isinstance(use, Call):
-            sizes.update({r: use.module.get_parameter(n).numel() for r, n in use.parameters.items()})
+            sizes.update(
+                {r: use.module.get_parameter(n).numel() for r, n in use.parameters.items()}
+            )
         elif isinstance(use, Pulled):
             sizes.update({r: p.numel() for r, p in use.origins.items()})
         else:

@@ -134,20 +134,21 @@ class Sweeper:
     def __call__(self, x: Tensor, part: slice, y: Tensor | None) -> BlockGrams:
         """The chunk ``part`` of x [B, ...] and labels y [B]."""
         try:
-            return self._chunk(x[part], y, part)
+            return self._chunk(x[part], y, part, strict=True)
         except Stale:
             # Other operations than in the samples planned on: a new plan from these.
             self.plan = plan_for(self.parameters, x[part], self.q.outputs, fresh=True)
         try:
-            return self._chunk(x[part], y, part)
+            # The shapes may depend on the samples: texts cut to the longest of the batch.
+            return self._chunk(x[part], y, part, strict=False)
         except Stale as stale:
             raise _unsteady() from stale
 
-    def _chunk(self, x: Tensor, y: Tensor | None, part: slice) -> BlockGrams:
+    def _chunk(self, x: Tensor, y: Tensor | None, part: slice, strict: bool) -> BlockGrams:
         q = self.q
         t = trace(self.parameters, x, q.outputs, self.plan, to_input=self.with_input)
         z = t.recorded.z
-        assign(t, self.plan)
+        assign(t, self.plan, strict)
         check_label_range(y, z.shape[1])
         with (
             torch.inference_mode(False),

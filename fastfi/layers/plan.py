@@ -48,6 +48,7 @@ class Plan:
         loops: those of them that vmap cannot run.
         uses: of each use in turn: operation, parameters.
         batchings: of each use's tensors.
+        shapes: of these tensors, for three samples.
         unreached: parameters that do not reach the logits.
         head: the parameter that is proved to be the logits' own bias, or None.
         classes: K.
@@ -60,6 +61,7 @@ class Plan:
     loops: frozenset[str] = frozenset()
     uses: tuple[Any, ...] = ()
     batchings: tuple[Sequence[Batching | None], ...] = ()
+    shapes: tuple[Sequence[tuple[int, ...]], ...] = ()
     unreached: frozenset[int] = frozenset()
     head: int | None = None
     classes: int = 0
@@ -118,15 +120,28 @@ def _signature(use: Use | Call) -> tuple[str, tuple[int, ...]]:
     return use.what, use.roots
 
 
-def assign(t: Trace, plan: Plan) -> None:
-    """Gives each use the batchings of the plan; Stale where the uses are others."""
+def assign(t: Trace, plan: Plan, strict: bool) -> None:
+    """Gives each use the batchings of the plan.
+
+    Args:
+        strict: whether tensors must have the plan's shapes, but for the number of samples.
+
+    Raises:
+        Stale: the uses are others.
+    """
     batch = t.recorded.z.shape[0]
     uses = t.tape.uses
     if tuple(map(_signature, uses)) != plan.uses or t.tape.unruled:
         raise Stale
-    for use, batchings in zip(uses, plan.batchings, strict=True):
-        for shape, b in zip(use.shapes(), batchings, strict=True):
-            if b is not None and (len(shape) <= b.dim or shape[b.dim] % batch):
+    for use, batchings, shapes in zip(uses, plan.batchings, plan.shapes, strict=True):
+        for shape, b, expected in zip(use.shapes(), batchings, shapes, strict=True):
+            if len(shape) != len(expected) or (b is not None and shape[b.dim] % batch):
+                raise Stale
+            scaled = [
+                n * batch if b is not None and i == b.dim else n * _MANY
+                for i, n in enumerate(expected)
+            ]
+            if strict and scaled != [n * _MANY for n in shape]:
                 raise Stale
         use.assign(batchings)
         if any(k.overwritten for k in use.kept()):
@@ -296,7 +311,9 @@ class _Search:
                 raise
             # vmap cannot run one of these modules, or one cannot run sample by sample.
             if all(u.what in self.loops for u in taps):
-                self._escalate({r for u in taps for r in u.roots}, f"{type(error).__name__}: {error}")
+                self._escalate(
+                    {r for u in taps for r in u.roots}, f"{type(error).__name__}: {error}"
+                )
             self.loops = self.loops | {u.what for u in taps}
             return None
         wrong = self._wrong(squares, own)
@@ -311,6 +328,7 @@ class _Search:
             plan.loops,
             tuple(map(_signature, uses)),
             tuple(batchings),
+            tuple(u.shapes() for u in uses),
             unreached,
             _head(many, self.outputs, [u.roots for u in uses]),
             many.recorded.z.shape[1],
@@ -319,9 +337,7 @@ class _Search:
             sum(d.nbytes for d in held if d is not None) // _MANY,
         )
 
-    def _gradients(
-        self, t: Trace, sample: int
-    ) -> tuple[list[Tensor | None], list[float | None]]:
+    def _gradients(self, t: Trace, sample: int) -> tuple[list[Tensor | None], list[float | None]]:
         """Cotangents of every edge, and the squared lengths of every parameter's gradient, for a
         random function of one sample's logits."""
         z = t.recorded.z
@@ -330,10 +346,10 @@ class _Search:
         cotangent = torch.zeros_like(z)
         cotangent[sample] = weights.to(z)
         inputs = [*t.tape.edges, *(self.parameters.tensors if sample == 1 else ())]
+        if not inputs:
+            return [], []
         with torch.autocast(z.device.type, enabled=False):
-            grads = torch.autograd.grad(
-                z, inputs, cotangent, retain_graph=True, allow_unused=True
-            )
+            grads = torch.autograd.grad(z, inputs, cotangent, retain_graph=True, allow_unused=True)
         count = len(t.tape.edges)
         own = [None if g is None else _square(g) for g in grads[count:]]
         return list(grads[:count]), own
@@ -344,7 +360,9 @@ class _Search:
         if isinstance(use, Scaled) and key not in self.constant and use.what != AFFINE:
             self.constant = self.constant | {key}
         else:
-            why = f"where {use.what or 'the model'} keeps the samples is not clear, or it mixes them"
+            why = (
+                f"where {use.what or 'the model'} keeps the samples is not clear, or it mixes them"
+            )
             self._escalate(set(use.roots), why)
 
     def _wrong(self, squares: Mapping[int, list[float]], own: Sequence[float | None]) -> set[int]:
@@ -393,5 +411,3 @@ def plan_for(parameters: Parameters, x: Tensor, outputs: str, fresh: bool = Fals
     if fresh or key not in known:
         known[key] = _Search(parameters, x, outputs).run()
     return known[key]
-
-

@@ -22,8 +22,6 @@ def ghost_is_cheaper(
     if positions == 1:
         return True
     slow = 1.0 if dtype == torch.float64 else 2.0  # a float64 product, in float32 ones
-    ghost = slow * (
-        positions**2 * (inputs + rows * outputs) + rows**2 * positions * outputs
-    )
+    ghost = slow * (positions**2 * (inputs + rows * outputs) + rows**2 * positions * outputs)
     direct = rows * positions * outputs * inputs + slow * rows**2 * outputs * inputs / 2
     return ghost < direct
