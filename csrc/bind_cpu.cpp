@@ -97,6 +97,46 @@ void windows(int rule, std::uintptr_t rows, bool is_double, const std::vector<in
   fastfi::run_windows(table, p, threads);
 }
 
+void ghost(std::uintptr_t x, bool x_double, const std::vector<int64_t>& x_shape,
+           const std::vector<int64_t>& x_stride, std::uintptr_t patches, int64_t positions,
+           int64_t taps, const std::vector<std::uintptr_t>& d, bool d_double, int64_t outputs,
+           const std::vector<int64_t>& d_stride, std::uintptr_t out, int threads,
+           const std::string& isa) {
+  const KernelTable& table = table_named(isa);
+  std::vector<const void*> rows;
+  for (const std::uintptr_t address : d) rows.push_back(at<const void>(address));
+  fastfi::GhostProblem p;
+  p.x = at<const void>(x);
+  p.x_double = x_double;
+  p.d_double = d_double;
+  p.batch = x_shape.at(0);
+  p.groups = x_shape.at(1);
+  p.channels = x_shape.at(2);
+  p.pixels = x_shape.at(3);
+  p.x_sample = x_stride.at(0);
+  p.x_channel = x_stride.at(1);
+  p.x_pixel = x_stride.at(2);
+  p.at = at<const int32_t>(patches);
+  p.positions = positions;
+  p.taps = taps;
+  p.d = rows.data();
+  p.rows = static_cast<int64_t>(rows.size());
+  p.outputs = outputs;
+  p.d_sample = d_stride.at(0);
+  p.d_output = d_stride.at(1);
+  p.d_position = d_stride.at(2);
+  p.out = at<double>(out);
+  fastfi::run_ghost(table, p, threads);
+}
+
+void channel_sums(std::uintptr_t d, std::uintptr_t factor, bool is_double, int64_t count,
+                  int64_t positions, std::uintptr_t out, int threads, const std::string& isa) {
+  fastfi::run_sums(table_named(isa),
+                   {at<const void>(d), at<const void>(factor), is_double, count, positions,
+                    at<void>(out)},
+                   threads);
+}
+
 py::list instruction_sets() {
   py::list names;
   for (const KernelTable* const* t = fastfi::runnable_tables(); *t; ++t) names.append((*t)->name);
@@ -110,5 +150,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gram", &gram, release());
   m.def("solve", &solve, release());
   m.def("windows", &windows, release());
+  m.def("ghost", &ghost, release());
+  m.def("channel_sums", &channel_sums, release());
   m.def("instruction_sets", &instruction_sets, "Runnable on this CPU, the one in use first.");
 }

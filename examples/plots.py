@@ -1,12 +1,11 @@
-"""The pictures of the examples: FI against class (the paper's Figure 1), the top images, and FI
-against layer (Figure 4 d to f)."""
+"""The pictures of the examples: FI against class (the paper's Figure 1), the top images, and grids
+of layer profiles (Figure 4 d to f)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -14,19 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator
 
-__all__ = ["Panel", "Profiles", "gallery", "layer_grid", "layer_profile", "manhattan"]
+from fastfi.plot.layers import COLOURS, draw_layers, kind_styles
 
-# Okabe and Ito's palette without yellow: distinguishable under every common colour blindness. Seven
-# colours in turn, so neighbouring classes always differ; the axis names them.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")
-# How the layers of one type are drawn, by type.
-STYLES: dict[str, dict[str, Any]] = {
-    "conv": {"marker": "o"},
-    "norm": {"marker": "o", "mfc": "white", "ls": ":"},
-    "linear": {"marker": "D", "ls": ""},
-}
+__all__ = ["Panel", "Profiles", "gallery", "layer_grid", "manhattan"]
+
 GAP = 0.06  # between classes, as a share of a panel's images
 
 
@@ -58,6 +50,7 @@ def _draw(axes: Axes, panel: Panel, classes: Sequence[str], floor: float) -> Non
         chosen = panel.label == k
         fi, wrong = np.maximum(panel.fi[chosen], floor), panel.wrong[chosen]
         x = start + np.arange(len(fi))
+        # Seven colours in turn, so neighbouring classes always differ; the axis names them.
         colour = COLOURS[k % len(COLOURS)]
         axes.scatter(x[~wrong], fi[~wrong], s=size, color=colour, lw=0, alpha=0.8, rasterized=True)
         axes.scatter(x[wrong], fi[wrong], s=34, marker="^", color=colour, ec="black", lw=0.6)
@@ -139,109 +132,13 @@ def gallery(path: Path, images: np.ndarray, captions: Sequence[str], title: str)
     figure.savefig(path)
 
 
-def _draw_stages(axes: Axes, names: Sequence[str]) -> None:
-    """Shades every other run of layers whose names begin alike, and writes that beginning above it,
-    where it fits."""
-    heads = [name.partition(".")[0] for name in names]
-    starts = [i for i, head in enumerate(heads) if i == 0 or head != heads[i - 1]]
-    for n, (start, stop) in enumerate(zip(starts, [*starts[1:], len(names)], strict=True)):
-        if n % 2:
-            axes.axvspan(start + 0.5, stop + 0.5, color="0.955", lw=0, zorder=0)
-        where, align = (start + stop + 1) / 2, "center"
-        if stop - start < 0.02 * len(heads[start]) * len(names):  # too narrow
-            if start > 0 and stop < len(names):
-                continue
-            where, align = (start + 0.6, "left") if start else (stop + 0.4, "right")
-        axes.text(
-            where, 1.01, heads[start], ha=align, va="bottom", fontsize=8, color="0.35",
-            transform=axes.get_xaxis_transform(),
-        )  # fmt: skip
-    axes.set_xlim(0.5, len(names) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-
-
-def _visible(fi: np.ndarray) -> np.ndarray:
-    """The same, with NaN where a logarithmic axis has no place."""
-    return np.where((fi > 0) & np.isfinite(fi), fi, np.nan)
-
-
-def draw_layers(
-    axes: Axes,
-    names: Sequence[str],
-    fi: np.ndarray,
-    kinds: Sequence[str] | None = None,
-    others: np.ndarray | None = None,
-) -> list[Line2D]:
-    """Draws what :func:`layer_profile` describes into axes; returns one line for each sample."""
-    kinds = np.array(["layer"] * len(names) if kinds is None else kinds)
-    runs = [(np.flatnonzero(kinds == kind), kind) for kind in dict.fromkeys(kinds.tolist())]
-    axes.set_yscale("log")
-    _draw_stages(axes, names)
-    if others is not None:
-        low, middle, high = _visible(np.quantile(others, (0.05, 0.5, 0.95), axis=0))
-        for at, kind in runs:
-            style = STYLES.get(kind, {})
-            axes.fill_between(at + 1, low[at], high[at], color="0.5", alpha=0.18, lw=0, zorder=1)
-            axes.plot(at + 1, middle[at], color="0.25", lw=1.0, ms=2.5, zorder=2, **style)
-    lines = []
-    for b, profile in enumerate(_visible(fi)):
-        how = {"color": COLOURS[b % len(COLOURS)], "lw": 1.0, "ms": 3.2, "mew": 0.8, "zorder": 3}
-        each = [axes.plot(a + 1, profile[a], **how, **STYLES.get(k, {}))[0] for a, k in runs]
-        lines.append(each[0])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.9", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
-    return lines
-
-
-def layer_profile(
-    names: Sequence[str],
-    fi: np.ndarray,
-    *,
-    kinds: Sequence[str] | None = None,
-    labels: Sequence[str] | None = None,
-    others: np.ndarray | None = None,
-    title: str | None = None,
-) -> Figure:
-    """FI of each layer's parameters over the layers, in one colour for each sample, on a
-    logarithmic axis (Figure 4 d to f of the paper).
-
-    Stages, which are runs of layers whose names begin alike ("stage1.0.conv1", "stage1.1.conv2"),
-    are shaded in turn. Values that are zero, infinite or NaN leave a gap.
-
-    Args:
-        names: L layers, in the order in which they are drawn.
-        fi: [B, L], or [L] for one sample.
-        kinds: L types of layer; the layers of one type are joined by a line of their own, since
-            types differ more than neighbours do. None joins all of them.
-        labels: B texts for the legend.
-        others: [N, L], samples to compare with, in grey: their median, and a band from their 5th to
-            their 95th percentile.
-        title: of the figure.
-
-    Returns:
-        A new Figure, made without pyplot.
-    """
-    figure = Figure(figsize=(8.0, 3.6), layout="constrained")
-    axes = figure.subplots()
-    lines = draw_layers(axes, names, np.atleast_2d(fi), kinds, others)
-    axes.set_xlabel("layer", fontsize=9)
-    axes.set_ylabel("first-order influence FI", fontsize=9)
-    if labels is not None:
-        figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    if title is not None:
-        figure.suptitle(title, fontsize=11)
-    return figure
-
-
 @dataclass(frozen=True)
 class Profiles:
     """One panel of :func:`layer_grid`.
 
     Attributes:
         title: printed above.
-        names, fi, kinds, others: as in :func:`layer_profile`.
+        names, fi, kinds, others: as in :func:`fastfi.plot.layer_profile`.
     """
 
     title: str
@@ -286,10 +183,10 @@ def layer_grid(
             axes.set_title(panel.title, fontsize=10, loc="left", pad=16)
             axes.set_xlabel("layer", fontsize=9)
         axes_row[0].set_ylabel("first-order influence FI", fontsize=9)
-    kinds = dict.fromkeys(kind for row in rows for panel in row for kind in panel.kinds)
+    kinds = [kind for row in rows for panel in row for kind in panel.kinds]
     handles: list[Artist] = [
-        Line2D([], [], color="0.25", lw=1.0, ms=4, label=kind, **STYLES.get(kind, {}))
-        for kind in kinds
+        Line2D([], [], color="0.25", lw=1.0, ms=4, label=kind, **style)
+        for kind, style in kind_styles(kinds).items()
     ]
     handles.append(Patch(color="0.5", alpha=0.25, lw=0, label="ordinary images: median, 5-95 %"))
     below.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)

@@ -22,7 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CHANNELS", "INVERSES", "OP_NAMES", "check_conv_gram", "check_gram"]
+from fastfi.convolution import Geometry
+
+__all__ = ["CHANNELS", "INVERSES", "OP_NAMES", "check_channel_sums", "check_conv_gram", "check_gram"]
 __all__ += ["check_linear_gram", "check_scales", "check_segments", "check_solve", "check_windows"]
 
 OP_NAMES = (
@@ -34,6 +36,7 @@ OP_NAMES = (
     "window_influence",
     "linear_gram",
     "conv_gram",
+    "channel_sums",
 )
 CHANNELS = ("separate", "joint", "mean")
 INVERSES = ("exact", "truncated", "damped")
@@ -51,12 +54,13 @@ torch.library.define(
     "(Tensor rows, Tensor log_prob, Tensor? label, Tensor? grad, int[] scales, str channels, "
     "str inverse, float parameter, Tensor? tau, bool with_rank) -> (Tensor, Tensor)",
 )
-torch.library.define("fastfi::linear_gram", "(Tensor a, Tensor d, bool ghost) -> Tensor")
+torch.library.define("fastfi::linear_gram", "(Tensor a, Tensor[] d, bool ghost) -> Tensor")
 torch.library.define(
     "fastfi::conv_gram",
-    "(Tensor x, Tensor d, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
+    "(Tensor x, Tensor[] d, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
     "bool ghost) -> Tensor",
 )
+torch.library.define("fastfi::channel_sums", "(Tensor d, Tensor factor) -> Tensor")
 
 _ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -152,27 +156,37 @@ def check_windows(
     check_solve(op, gram, log_prob, label, grad, tau)
 
 
-def check_linear_gram(a: Tensor, d: Tensor) -> None:
-    """Raises ValueError unless inputs ``a`` are [B, T, D] and cotangents ``d`` [B, n, T, O]."""
+def _check_rows(op: str, expected: str, d: Sequence[Tensor], shape: Sequence[int | None]) -> None:
+    """Raises ValueError unless all of ``d`` are alike and of that shape (None: any size)."""
+    if len(d) == 0:
+        raise ValueError(f"{op}: expected d of at least one row, got none")
+    for t in d:
+        ok = t.dim() == len(shape) and t.dtype in _ROW_DTYPES
+        ok = ok and all(want in (None, size) for want, size in zip(shape, t.shape, strict=True))
+        ok = ok and t.shape == d[0].shape and t.dtype == d[0].dtype and t.device == d[0].device
+        _check(ok, op, expected, "each of d", t)
+
+
+def check_linear_gram(a: Tensor, d: Sequence[Tensor]) -> None:
+    """Raises ValueError unless inputs ``a`` are [B, T, D] and the rows' cotangents [B, T, O]."""
     ok = a.dim() == 3 and a.dtype in _ROW_DTYPES
     _check(ok, "linear_gram", "floating-point [B, T, D]", "a", a)
-    ok = d.dim() == 4 and d.dtype in _ROW_DTYPES and d.device == a.device
-    ok = ok and (d.shape[0], d.shape[2]) == a.shape[:2]
-    expected = f"floating-point [{a.shape[0]}, n, {a.shape[1]}, O] on {a.device}"
-    _check(ok, "linear_gram", expected, "d", d)
+    expected = f"floating-point [{a.shape[0]}, {a.shape[1]}, O] on {a.device}"
+    _check_rows("linear_gram", expected, d, (a.shape[0], a.shape[1], None))
+    _check(d[0].device == a.device, "linear_gram", expected, "each of d", d[0])
 
 
 def check_conv_gram(
     x: Tensor,
-    d: Tensor,
+    d: Sequence[Tensor],
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> None:
-    """Raises ValueError unless x [B, C, *spatial] and d [B, n, O, *positions] are input and output
-    of a convolution of that geometry."""
+    """Raises ValueError unless x [B, C, *spatial] and each of d [B, O, *positions] are input and
+    output of a convolution of that geometry."""
     op, dims = "conv_gram", len(kernel)
     ok = dims in (1, 2, 3) and x.dim() == dims + 2 and x.dtype in _ROW_DTYPES
     _check(ok, op, "floating-point [B, C, *spatial], one dimension for each of kernel", "x", x)
@@ -184,15 +198,20 @@ def check_conv_gram(
             f"channels, got kernel {list(kernel)}, stride {list(stride)}, padding {list(padding)}, "
             f"dilation {list(dilation)}, groups {groups}"
         )
-    positions = [
-        (s + 2 * p - w * (k - 1) - 1) // t + 1
-        for s, k, t, p, w in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
-    ]
-    ok = d.dim() == dims + 3 and d.dtype in _ROW_DTYPES and d.device == x.device
-    ok = ok and d.shape[0] == x.shape[0] and list(d.shape[3:]) == positions
-    ok = ok and d.shape[2] % groups == 0
-    expected = f"floating-point [{x.shape[0]}, n, O, {str(positions)[1:-1]}] on {x.device}"
-    _check(ok, op, expected, "d", d)
+    g = Geometry(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
+    positions = g.positions(x.shape[2:])
+    expected = f"floating-point [{x.shape[0]}, O, {str(positions)[1:-1]}] on {x.device}"
+    _check_rows(op, expected, d, (x.shape[0], None, *positions))
+    ok = d[0].device == x.device and d[0].shape[1] % groups == 0
+    _check(ok, op, f"{expected}, O divided by {groups} groups", "each of d", d[0])
+
+
+def check_channel_sums(d: Tensor, factor: Tensor) -> None:
+    """Raises ValueError unless both are [N, T], of one dtype."""
+    _check(d.dim() == 2 and d.dtype in _ROW_DTYPES, "channel_sums", "[N, T]", "d", d)
+    ok = factor.shape == d.shape and factor.dtype == d.dtype and factor.device == d.device
+    expected = f"{d.dtype} {list(d.shape)} on {d.device}"
+    _check(ok, "channel_sums", expected, "factor", factor)
 
 
 @torch.library.register_fake("fastfi::gram")
@@ -261,12 +280,12 @@ def _(
     return fi, rows.new_empty(shape, dtype=torch.int64)
 
 
-def _fake_layer_gram(d: Tensor) -> Tensor:
-    return d.new_empty((d.shape[0], d.shape[1], d.shape[1]), dtype=torch.float64)
+def _fake_layer_gram(d: Sequence[Tensor]) -> Tensor:
+    return d[0].new_empty((d[0].shape[0], len(d), len(d)), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastfi::linear_gram")
-def _(a: Tensor, d: Tensor, ghost: bool) -> Tensor:
+def _(a: Tensor, d: Sequence[Tensor], ghost: bool) -> Tensor:
     check_linear_gram(a, d)
     return _fake_layer_gram(d)
 
@@ -274,7 +293,7 @@ def _(a: Tensor, d: Tensor, ghost: bool) -> Tensor:
 @torch.library.register_fake("fastfi::conv_gram")
 def _(
     x: Tensor,
-    d: Tensor,
+    d: Sequence[Tensor],
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -284,3 +303,9 @@ def _(
 ) -> Tensor:
     check_conv_gram(x, d, kernel, stride, padding, dilation, groups)
     return _fake_layer_gram(d)
+
+
+@torch.library.register_fake("fastfi::channel_sums")
+def _(d: Tensor, factor: Tensor) -> Tensor:
+    check_channel_sums(d, factor)
+    return d.new_empty((2, d.shape[0]))

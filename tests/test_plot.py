@@ -20,6 +20,7 @@ import fastfi
 from fastfi import plot
 from fastfi._extras import MissingExtraError
 from fastfi.attack import OnePixel, one_pixel
+from fastfi.plot.maps import OPACITY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,7 +91,7 @@ def test_the_overlay_is_opaque_where_the_map_is_large():
     fi = torch.tensor([[[0.0, 1.0], [2.0, 4.0]], [[0.0, 0.0], [0.0, 1.0]]])
     figure = plot.influence_map(some(2, 2), fi, overlay=0)
     alpha = figure.axes[-1].images[1].get_alpha()
-    np.testing.assert_allclose(alpha, plot.OPACITY * np.array([[0.0, 0.25], [0.5, 1.0]]))
+    np.testing.assert_allclose(alpha, OPACITY * np.array([[0.0, 0.25], [0.5, 1.0]]))
     assert figure.axes[-1].get_title() == "map 0 on image"
     without = plot.influence_map(some(2, 2), fi, overlay=None)
     assert [len(axes.images) for axes in without.axes] == [1, 1, 1]

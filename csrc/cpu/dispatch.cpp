@@ -143,4 +143,16 @@ void run_windows(const KernelTable& table, const WindowProblem& p, int threads) 
          [&](int64_t begin, int64_t end, double* s) { table.windows(p, begin, end, s); });
 }
 
+void run_ghost(const KernelTable& table, const GhostProblem& p, int threads) {
+  const double outputs = static_cast<double>(p.groups) * p.outputs * p.rows * p.positions;
+  const double flops = outputs * (p.positions + 0.5 * p.rows) + 1000.0;
+  spread(table.ghost_units(p), table.ghost_scratch(p), threads, grain_for(flops),
+         [&](int64_t begin, int64_t end, double* s) { table.ghost(p, begin, end, s); });
+}
+
+void run_sums(const KernelTable& table, const SumsProblem& p, int threads) {
+  spread(table.sums_units(p), 1, threads, grain_for(2.0 * p.positions + 5.0),
+         [&](int64_t begin, int64_t end, double* s) { table.channel_sums(p, begin, end, s); });
+}
+
 }  // namespace fastfi

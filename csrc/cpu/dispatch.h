@@ -12,5 +12,7 @@ const KernelTable* const* runnable_tables();
 void run_gram(const KernelTable& table, const GramProblem& problem, int threads);
 void run_solve(const KernelTable& table, const SolveProblem& problem, int threads);
 void run_windows(const KernelTable& table, const WindowProblem& problem, int threads);
+void run_ghost(const KernelTable& table, const GhostProblem& problem, int threads);
+void run_sums(const KernelTable& table, const SumsProblem& problem, int threads);
 
 }  // namespace fastfi

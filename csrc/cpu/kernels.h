@@ -61,6 +61,32 @@ struct WindowProblem {
   int64_t* rank;
 };
 
+// Cotangents d[r] of one layer's outputs, [batch, groups * outputs, positions] for each row r, and
+// its input x [batch, groups * channels, pixels], both with strides in elements -> out [batch, rows,
+// rows], the inner products of the weight's gradients. Patch t holds the pixels at[t * taps + k],
+// -1 where it reaches beyond the border.
+struct GhostProblem {
+  const void* x;
+  bool x_double, d_double;  // else float
+  int64_t batch, groups, channels, pixels;
+  int64_t x_sample, x_channel, x_pixel;
+  const int32_t* at;
+  int64_t positions, taps;
+  const void* const* d;
+  int64_t rows, outputs;
+  int64_t d_sample, d_output, d_position;
+  double* out;
+};
+
+// d and factor [count, positions] -> out [2, count] of the same type: sums of d * factor, and of d.
+struct SumsProblem {
+  const void* d;
+  const void* factor;
+  bool is_double;  // else float
+  int64_t count, positions;
+  void* out;
+};
+
 // Work is counted in units that any thread may take: [begin, end) of units(problem).
 struct KernelTable {
   const char* name;
@@ -74,6 +100,11 @@ struct KernelTable {
   int64_t (*window_units)(const WindowProblem&);
   int64_t (*window_scratch)(const WindowProblem&);  // doubles, each thread
   void (*windows)(const WindowProblem&, int64_t begin, int64_t end, double* scratch);
+  int64_t (*ghost_units)(const GhostProblem&);
+  int64_t (*ghost_scratch)(const GhostProblem&);  // doubles, each thread
+  void (*ghost)(const GhostProblem&, int64_t begin, int64_t end, double* scratch);
+  int64_t (*sums_units)(const SumsProblem&);
+  void (*channel_sums)(const SumsProblem&, int64_t begin, int64_t end, double* scratch);
 };
 
 }  // namespace fastfi

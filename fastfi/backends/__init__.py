@@ -5,22 +5,21 @@ from __future__ import annotations
 import torch
 
 from fastfi._ops import OP_NAMES
-from fastfi.backends import blas, cpu, reference, reference_windows
+from fastfi.backends import blas, cpu, cpu_layers, reference, reference_windows
 
 __all__ = ["backends"]
 
 _REFERENCE = {**vars(reference), **vars(reference_windows)}
 
-# Matrix products of torch, on every device.
-_BLAS = {"linear_gram": blas.linear_gram, "conv_gram": blas.conv_gram}
+# For these the definition would form what must not be formed; products of torch serve every device.
+_LAYERS = ("linear_gram", "conv_gram", "channel_sums")
+_DEFAULT = {**_REFERENCE, **{name: getattr(blas, name) for name in _LAYERS}}
 
 for _name in OP_NAMES:
-    if _name in _BLAS:
-        torch.library.impl(f"fastfi::{_name}", "default")(_BLAS[_name])
-        continue
-    # The reference serves every device that has no kernel of its own.
-    torch.library.impl(f"fastfi::{_name}", "default")(_REFERENCE[_name])
-    torch.library.register_kernel(f"fastfi::{_name}", "cpu", getattr(cpu, _name))
+    # What serves every device that has no kernel of its own.
+    torch.library.impl(f"fastfi::{_name}", "default")(_DEFAULT[_name])
+    _kernel = getattr(cpu_layers if _name in _LAYERS else cpu, _name)
+    torch.library.register_kernel(f"fastfi::{_name}", "cpu", _kernel)
 
 
 def backends() -> dict[str, dict[str, str]]:

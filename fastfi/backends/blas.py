@@ -15,74 +15,78 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfi._ops import check_conv_gram, check_linear_gram
+from fastfi._ops import check_channel_sums, check_conv_gram, check_linear_gram
 from fastfi.convolution import Geometry, unfold
 
-__all__ = ["conv_gram", "linear_gram"]
+__all__ = ["WORK_BYTES", "channel_sums", "conv_gram", "linear_gram", "steps"]
 
 # Temporaries of one step: large enough for efficient products, small enough for the caches.
 WORK_BYTES = 8 << 20
 
 
 def _ghost(a: Tensor, d: Tensor) -> Tensor:
+    """a [b, T, D]; d [b, n, O, T]."""
     a = a.double()
-    s = a @ a.mT  # [B, T, T]
-    batch, n, positions, outputs = d.shape
-    if d.stride(2) == 1:  # positions side by side, as convolutions have them
-        rows = d.mT.double().reshape(batch, n * outputs, positions)
-        h = rows @ s
-    else:
-        rows = d.double().contiguous()
-        h = s[:, None] @ rows
-    return h.reshape(batch, n, -1) @ rows.reshape(batch, n, -1).mT
+    s = a @ a.mT  # [b, T, T]
+    rows = d.double()
+    h = rows.flatten(1, 2) @ s
+    return h.view_as(rows).flatten(2) @ rows.flatten(2).mT
 
 
 def _direct(a: Tensor, d: Tensor) -> Tensor:
+    """a [b, T, D]; d [b, n, O, T]."""
     precision = torch.promote_types(torch.promote_types(a.dtype, d.dtype), torch.float32)
-    a, rows = a.to(precision), d.mT.to(precision)  # [B, T, D], [B, n, O, T]
-    batch, n, outputs, _ = rows.shape
+    a, d = a.to(precision), d.to(precision)
+    batch, n, outputs, _ = d.shape
     each = batch * n * a.shape[2] * a.element_size()
     tile = max(1, min(outputs, WORK_BYTES // max(1, each)))
     out = a.new_zeros(batch, n, n, dtype=torch.float64)
     for first in range(0, outputs, tile):
-        part = rows[:, :, first : first + tile]
-        w = part.flatten(1, 2) @ a  # [B, n * tile, D]
+        part = d[:, :, first : first + tile]
+        w = part.flatten(1, 2) @ a  # [b, n * tile, D]
         out += torch.ops.fastfi.gram(w.view(batch, n, -1))
     return out
 
 
-def _steps(batch: int, bytes_each: int) -> Sequence[slice]:
+def steps(batch: int, bytes_each: int) -> Sequence[slice]:
+    """Slices of a batch whose temporaries fit :data:`WORK_BYTES`, at least one sample each."""
     size = max(1, min(batch, WORK_BYTES // max(1, bytes_each)))
     return [slice(first, first + size) for first in range(0, batch, size)]
 
 
-def linear_gram(a: Tensor, d: Tensor, ghost: bool) -> Tensor:
+def _bytes(a: Tensor, positions: int, inputs: int, n: int, outputs: int, ghost: bool) -> int:
+    """Of one sample's temporaries."""
+    if ghost:
+        return 8 * (positions * (inputs + positions) + 2 * n * positions * outputs)
+    return a.element_size() * (positions * (inputs + n * outputs) + n * outputs * inputs)
+
+
+def linear_gram(a: Tensor, d: Sequence[Tensor], ghost: bool) -> Tensor:
     """N [B, n, n] float64, ``N_rs = <d_r^T a, d_s^T a>``.
 
     Args:
         a: inputs [B, T, D].
-        d: cotangents of the outputs [B, n, T, O].
+        d: cotangents of the outputs, [B, T, O] for each of n rows.
         ghost: which of the two ways.
     """
     check_linear_gram(a, d)
-    batch, n, positions, outputs = d.shape
-    if positions == 1:  # W_r has rank one
-        length = a.double().square().sum((1, 2))
-        return torch.ops.fastfi.gram(d[:, :, 0]) * length[:, None, None]
-    if ghost:
-        each = 8 * (positions * (a.shape[2] + positions) + 2 * n * positions * outputs)
-    else:
-        each = a.element_size() * (
-            positions * (a.shape[2] + n * outputs) + n * outputs * a.shape[2]
-        )
+    batch, positions, outputs = d[0].shape
+    n = len(d)
+    out = a.new_empty(batch, n, n, dtype=torch.float64)
     way = _ghost if ghost else _direct
-    parts = [way(a[part], d[part]) for part in _steps(batch, each)]
-    return torch.cat(parts) if parts else d.new_zeros(0, n, n, dtype=torch.float64)
+    for part in steps(batch, _bytes(a, positions, a.shape[2], n, outputs, ghost)):
+        if positions == 1:  # W_r has rank one
+            length = a[part].double().square().sum((1, 2))
+            rows = torch.stack([t[part, 0] for t in d], 1)  # [b, n, O]
+            out[part] = torch.ops.fastfi.gram(rows) * length[:, None, None]
+        else:
+            out[part] = way(a[part], torch.stack([t[part].mT for t in d], 1))
+    return out
 
 
 def conv_gram(
     x: Tensor,
-    d: Tensor,
+    d: Sequence[Tensor],
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -94,19 +98,28 @@ def conv_gram(
 
     Args:
         x: inputs [B, C, *spatial].
-        d: cotangents of the outputs [B, n, O, *positions].
+        d: cotangents of the outputs, [B, O, *positions] for each of n rows.
         ghost: which of the two ways.
     """
     check_conv_gram(x, d, kernel, stride, padding, dilation, groups)
     g = Geometry(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
-    batch, n = d.shape[:2]
-    positions = d.shape[3:].numel()
-    each = x.element_size() * x.shape[1] * torch.Size(kernel).numel() * positions
-    out = d.new_zeros(batch, n, n, dtype=torch.float64)
-    for part in _steps(batch, each):
+    n, batch = len(d), len(x)
+    positions = d[0].shape[2:].numel()
+    inputs, outputs = x.shape[1] * torch.Size(kernel).numel(), d[0].shape[1]
+    out = x.new_empty(batch, n, n, dtype=torch.float64)
+    way = _ghost if ghost else _direct
+    for part in steps(batch, _bytes(x, positions, inputs, n, outputs, ghost)):
         columns = unfold(x[part], g).unflatten(1, (groups, -1))  # [b, g, D, T]
         a = columns.flatten(0, 1).mT  # [b * g, T, D]
-        rows = d[part].flatten(3).unflatten(2, (groups, -1))  # [b, n, g, O, T]
-        rows = rows.transpose(1, 2).flatten(0, 1).mT  # [b * g, n, T, O]
-        out[part] = linear_gram(a, rows, ghost).unflatten(0, (-1, groups)).sum(1)
+        rows = torch.stack([t[part].flatten(2).unflatten(1, (groups, -1)) for t in d], 2)
+        rows = rows.flatten(0, 1)  # [b * g, n, O, T]
+        out[part] = way(a, rows).unflatten(0, (-1, groups)).sum(1)
     return out
+
+
+def channel_sums(d: Tensor, factor: Tensor) -> Tensor:
+    """Sums over T of d * factor, and of d: [2, N] in d's dtype, for d and factor [N, T]."""
+    check_channel_sums(d, factor)
+    wide = torch.promote_types(d.dtype, torch.float32)
+    sums = [(d * factor).sum(1, dtype=wide), d.sum(1, dtype=wide)]
+    return torch.stack(sums).to(d.dtype)

@@ -35,12 +35,29 @@ class Cotangents:
 
     def __init__(self, uses: Sequence[Use | Call], batch: int, rows: int) -> None:
         self.uses, self.batch, self.rows = uses, batch, rows
-        self.held: dict[int, Tensor] = {}  # by number of the use: [B, n, ...]
+        # By number of the use: the rows as they came from autograd, each [B, ...].
+        self.held: dict[int, list[Tensor]] = {}
         self.leaves: dict[tuple[int, int], Tensor] = {}  # of calls, by output
-        self._small: dict[int, Tensor] = {}  # gradients of Scaled uses
+        self._small: dict[int, Tensor] = {}  # gradients of Scaled uses, [B, n, size] each
+        self.joint: Tensor | None = None  # those of parameters with one such use, side by side
+        self.columns: dict[int, slice] = {}
+        self._place()
+
+    def _place(self) -> None:
+        """Places for the gradients that need not be summed or rearranged."""
+        used: dict[int, int] = {}
+        for use in self.uses:
+            for root in use.roots:
+                used[root] = used.get(root, 0) + 1
+        end = 0
+        for i, use in enumerate(self.uses):
+            if type(use) is Scaled and use.source.in_order and used[use.source.root] == 1:
+                self.columns[i] = slice(end, end + use.source.numel)
+                end += use.source.numel
 
     def take(self, r: int, grads: Sequence[Tensor | None]) -> None:
         """Row r, from the cotangents of the tape's edges."""
+        plain: dict[int, Tensor] = {}  # by edge: sums over positions that came with weighted ones
         for i, use in enumerate(self.uses):
             if isinstance(use, Call):
                 for leaf, edge in enumerate(use.edges):
@@ -52,10 +69,35 @@ class Cotangents:
             if d is None:
                 continue
             if isinstance(use, Scaled):
-                self._put(self._small, i, r, use.gradient(d, self.batch))
+                if use.factor is not None and use.channels(d, self.batch):
+                    g, plain[use.edge] = use.both(d)
+                elif use.factor is None and use.edge in plain and use.channels(d, self.batch):
+                    g = plain[use.edge]
+                else:
+                    g = use.gradient(d, self.batch)
+                self._put_small(i, r, g)
             else:
                 assert isinstance(use, (Outer, Convolution, Lookup))
-                self._put(self.held, i, r, use.cotangent(d, self.batch))
+                self._hold(i, r, use.cotangent(d, self.batch))
+
+    def _put_small(self, i: int, r: int, g: Tensor) -> None:
+        columns = self.columns.get(i)
+        if columns is None:
+            return self._put(self._small, i, r, g)
+        if self.joint is None:
+            width = max(c.stop for c in self.columns.values())
+            self.joint = g.new_zeros(self.batch, self.rows, width)
+        self.joint[:, r, columns] = g
+        self._small.setdefault(i, self.joint[:, :, columns])
+
+    def _hold(self, i: int, r: int, value: Tensor) -> None:
+        if i not in self.held:
+            self.held[i] = [value] * self.rows
+        self.held[i][r] = value
+
+    def stacked(self, i: int, part: slice, rows: slice = slice(None)) -> Tensor:
+        """The rows of some samples as one tensor, [b, n, ...]."""
+        return torch.stack([d[part] for d in self.held[i][rows]], 1)
 
     def _put(self, where: dict, key: object, r: int, value: Tensor) -> None:  # type: ignore[type-arg]
         if key not in where:
@@ -97,35 +139,32 @@ def _components(c: Cotangents) -> list[tuple[set[int], list[int]]]:
 def root_grams(c: Cotangents) -> Iterator[tuple[int, Tensor]]:
     """(number, N [B, n, n] float64) of every parameter that cotangents have reached, where
     ``N_rs`` is the inner product of its gradients for rows r and s. A number comes once."""
-    small: list[tuple[int, Tensor]] = []
+    if c.joint is not None:
+        places = sorted(c.columns.items(), key=lambda item: item[1].start)
+        ends = torch.tensor([0, *(columns.stop for _, columns in places)], device=c.joint.device)
+        grams = torch.ops.fastfi.segment_gram(c.joint, ends[None])
+        for g, (i, _) in enumerate(places):
+            if c.reached(i):
+                yield c.uses[i].source.root, grams[:, g]  # type: ignore[union-attr]
     for roots, numbers in _components(c):
         uses = [c.uses[i] for i in numbers]
+        if numbers[0] in c.columns:
+            continue
         if all(type(u) is Scaled for u in uses):
             rows = [_in_storage(u.source, c.small(i)) for u, i in zip(uses, numbers, strict=True)]
             total = rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
-            small.append((min(roots), total))
+            yield min(roots), torch.ops.fastfi.gram(total)
         elif len(numbers) == 1 and isinstance(uses[0], Lookup):
             yield min(roots), _lookup_gram(c, numbers[0])
         elif len(roots) == 1 and (n := _matrix_gram(c, numbers)) is not None:
             yield min(roots), n
         else:
             yield from _formed_grams(c, roots, numbers)
-    if small:
-        sizes = torch.tensor([0, *(rows.shape[2] for _, rows in small)]).cumsum(0)
-        joined = torch.cat([rows for _, rows in small], 2)
-        grams = torch.ops.fastfi.segment_gram(joined, sizes[None].to(joined.device))
-        for g, (root, _) in enumerate(small):
-            yield root, grams[:, g]
 
 
 def _parts(total: int, bytes_each: int, limit: int) -> list[slice]:
     size = max(1, min(total, limit // max(1, bytes_each)))
     return [slice(first, min(first + size, total)) for first in range(0, total, size)]
-
-
-def _simple(use: Use) -> bool:
-    """Whether a convolution's samples are its images, and its direction the usual one."""
-    return isinstance(use, Convolution) and not use.transposed
 
 
 def _matrix_gram(c: Cotangents, numbers: Sequence[int]) -> Tensor | None:
@@ -138,49 +177,53 @@ def _matrix_gram(c: Cotangents, numbers: Sequence[int]) -> Tensor | None:
     first = uses[0]
     if isinstance(first, Outer):
         a = [u.inputs(c.batch) for u in uses]  # type: ignore[union-attr]
-        d = [c.held[i] for i in numbers]
-        joined = (a[0], d[0]) if len(a) == 1 else (torch.cat(a, 1), torch.cat(d, 2))
-        return _linear(*joined)
+        if len(uses) == 1:
+            return _linear(a[0], c.held[numbers[0]])
+        rows = [torch.cat([c.held[i][r] for i in numbers], 1) for r in range(c.rows)]
+        return _linear(torch.cat(a, 1), rows)
     assert isinstance(first, Convolution)
     x, d = first.inputs(c.batch), c.held[numbers[0]]
-    if len(uses) == 1 and x.shape[1] == 1 and _simple(first):
+    if len(uses) == 1 and x.shape[1] == 1 and not first.transposed:
         g = first.geometry
-        positions = d.shape[4:].numel()
+        positions = d[0].shape[3:].numel()
         patch = x.shape[2] // g.groups * torch.Size(g.kernel).numel()
-        ghost = ghost_is_cheaper(positions, patch, d.shape[3] // g.groups, c.rows, d.dtype)
+        taps, pixels = torch.Size(g.kernel).numel(), x.shape[3:].numel()
+        outputs = d[0].shape[2] // g.groups
+        ghost = ghost_is_cheaper(positions, patch, outputs, c.rows, d[0].dtype, taps, pixels)
+        images = [t[:, 0] for t in d]
         return torch.ops.fastfi.conv_gram(
-            x[:, 0], d[:, :, 0], g.kernel, g.stride, g.padding, g.dilation, g.groups, ghost
+            x[:, 0], images, g.kernel, g.stride, g.padding, g.dilation, g.groups, ghost
         )
     return _unfolded(c, numbers)
 
 
-def _linear(a: Tensor, d: Tensor) -> Tensor:
-    ghost = ghost_is_cheaper(a.shape[1], a.shape[2], d.shape[3], d.shape[1], d.dtype)
+def _linear(a: Tensor, d: Sequence[Tensor]) -> Tensor:
+    ghost = ghost_is_cheaper(a.shape[1], a.shape[2], d[0].shape[2], len(d), d[0].dtype)
     return torch.ops.fastfi.linear_gram(a, d, ghost)
 
 
 def _unfolded(c: Cotangents, numbers: Sequence[int]) -> Tensor:
     """Convolutions of several images for each sample, transposed, or several with one weight."""
-    uses = [(c.uses[i], c.uses[i].inputs(c.batch), c.held[i]) for i in numbers]  # type: ignore[union-attr]
+    uses = [(i, c.uses[i], c.uses[i].inputs(c.batch)) for i in numbers]  # type: ignore[union-attr]
     each = sum(
-        x[0].nbytes * torch.Size(u.geometry.kernel).numel() + d[0].nbytes  # type: ignore[union-attr]
-        for u, x, d in uses
+        x[0].nbytes * torch.Size(u.geometry.kernel).numel() + c.rows * c.held[i][0][0].nbytes  # type: ignore[union-attr]
+        for i, u, x in uses
     )
-    out = torch.empty(c.batch, c.rows, c.rows, dtype=torch.float64, device=uses[0][1].device)
+    out = torch.empty(c.batch, c.rows, c.rows, dtype=torch.float64, device=uses[0][2].device)
     for part in _parts(c.batch, each, GRADIENT_BYTES):
-        pairs = [u.factors(x[part], d[part]) for u, x, d in uses]  # type: ignore[union-attr]
+        pairs = [u.factors(x[part], c.stacked(i, part)) for i, u, x in uses]  # type: ignore[union-attr]
         left, right = (torch.cat(f, 3) if len(f) > 1 else f[0] for f in zip(*pairs, strict=True))
-        if uses[0][0].transposed:  # type: ignore[union-attr]
+        if uses[0][1].transposed:  # type: ignore[union-attr]
             left, right = right, left  # left now has the rows
-        d = left.transpose(1, 2).flatten(0, 1)  # [b * g, n, T, .]
-        a = right[:, 0].flatten(0, 1)  # [b * g, T, .]
-        out[part] = _linear(a, d).unflatten(0, (-1, right.shape[2])).sum(1)
+        rows = [left[:, r].flatten(0, 1) for r in range(c.rows)]  # [b * g, T, .] each
+        a = right[:, 0].flatten(0, 1)
+        out[part] = _linear(a, rows).unflatten(0, (-1, right.shape[2])).sum(1)
     return out
 
 
 def _lookup_gram(c: Cotangents, number: int) -> Tensor:
     """N of a table: cotangents are summed for each index that a sample uses, then multiplied."""
-    use, d = c.uses[number], c.held[number]
+    use, first = c.uses[number], c.held[number][0]
     assert isinstance(use, Lookup)
     index, place, weight = use.entries(c.batch)  # [B, N]
     order = index.argsort(dim=1, stable=True)
@@ -189,9 +232,10 @@ def _lookup_gram(c: Cotangents, number: int) -> Tensor:
     slot[:, 1:] = (ranked.diff(dim=1) != 0).cumsum(1)
     width = int(slot[:, -1].max()) + 1
     parts = []
-    for part in _parts(c.batch, 2 * d[0].nbytes * max(1, width // d.shape[2]), GRADIENT_BYTES):
-        at = order[part]
-        each = d[part].gather(2, _spread(place[part].gather(1, at), d[part]))  # [b, n, N, E]
+    bytes_each = 2 * c.rows * first[0].nbytes * max(1, width // first.shape[1])
+    for part in _parts(c.batch, bytes_each, GRADIENT_BYTES):
+        at, d = order[part], c.stacked(number, part)
+        each = d.gather(2, _spread(place[part].gather(1, at), d))  # [b, n, N, E]
         if weight is not None:
             each = each * weight[part].gather(1, at)[:, None, :, None].to(each)
         rows = each.new_zeros(*each.shape[:2], width, each.shape[3])
@@ -230,14 +274,14 @@ def _formed(c: Cotangents, number: int, part: slice, rows: slice) -> dict[int, T
     if isinstance(use, Scaled):
         g = c.small(number)[part, rows]
     elif isinstance(use, Lookup):
-        g = _formed_lookup(use, c.held[number][part, rows], part, c.batch)
+        g = _formed_lookup(use, c.stacked(number, part, rows), part, c.batch)
     elif isinstance(use, Outer):
         a = use.inputs(c.batch)[part]
-        g = torch.einsum("bnto,btd->bnod", c.held[number][part, rows], a).flatten(2)
+        g = torch.einsum("bnto,btd->bnod", c.stacked(number, part, rows), a).flatten(2)
     else:
         assert isinstance(use, Convolution)
         x = use.inputs(c.batch)[part]
-        left, right = use.factors(x, c.held[number][part, rows])  # [b, n | 1, g, T, I | J]
+        left, right = use.factors(x, c.stacked(number, part, rows))  # [b, n | 1, g, T, I | J]
         g = (left.mT @ right).flatten(2)
     return {use.source.root: _in_storage(use.source, g)}
 
@@ -298,6 +342,6 @@ def _formed_grams(
 
 
 def _device(c: Cotangents) -> torch.device:
-    for d in (*c.held.values(), *c.leaves.values(), *c._small.values()):
+    for d in (*(rows[0] for rows in c.held.values()), *c.leaves.values(), *c._small.values()):
         return d.device
     raise AssertionError("no cotangents")

@@ -172,15 +172,38 @@ class Scaled(Use):
     def kept(self) -> list[Kept]:
         return [] if self.activation is None else [self.activation]
 
+    def channels(self, d: Tensor, batch: int) -> bool:
+        """Whether it is one entry for each channel of images that are the samples: [B, C, ...]."""
+        return (
+            d.dim() > 2
+            and self.batching == Batching(0)
+            and len(d) == batch
+            and max(self.aligned[:1] + self.aligned[2:]) == 1
+            and self.aligned[1] == d.shape[1]
+        )
+
+    def scale(self) -> Tensor | None:
+        """The factor; computed once."""
+        if self._factor is None and self.factor is not None:
+            self._factor = self.factor()
+        return self._factor
+
     def gradient(self, d: Tensor, batch: int) -> Tensor:
         """The view's gradient, [B, size]."""
-        if self.factor is not None:
-            if self._factor is None:
-                self._factor = self.factor()
-            d = d * self._factor
+        factor = self.scale()
+        if factor is not None:
+            d = d * factor
         summed = [i + 1 for i, size in enumerate(self.aligned) if size == 1]
         d = self.batching.split(d, batch)
         return (d.sum(summed) if summed else d).reshape(batch, -1)
+
+    def both(self, d: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients [B, C] of this entry and of a bias beside it, where :meth:`channels`."""
+        factor = self.scale()
+        assert factor is not None
+        flat = d.flatten(2).flatten(0, 1), factor.to(d.dtype).reshape(d.shape).flatten(2)
+        weight, bias = torch.ops.fastfi.channel_sums(flat[0], flat[1].flatten(0, 1))
+        return weight.view(d.shape[:2]), bias.view(d.shape[:2])
 
 
 @dataclass
