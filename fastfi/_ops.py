@@ -24,7 +24,14 @@ from torch import Tensor
 
 from fastfi.convolution import Geometry
 
-__all__ = ["CHANNELS", "INVERSES", "OP_NAMES", "check_channel_sums", "check_conv_gram", "check_gram"]
+__all__ = [
+    "CHANNELS",
+    "INVERSES",
+    "OP_NAMES",
+    "check_channel_sums",
+    "check_conv_gram",
+    "check_gram",
+]
 __all__ += ["check_linear_gram", "check_scales", "check_segments", "check_solve", "check_windows"]
 
 OP_NAMES = (

@@ -14,7 +14,7 @@ from fastfi.errors import OptionError
 from fastfi.inverse import Damped, Exact, Inverse, as_inverse, damping, solve
 from fastfi.layers.grams import BlockGrams, Sweeper
 from fastfi.layers.parameters import Blocks, Parameters, blocks
-from fastfi.layers.plan import Plan
+from fastfi.layers.trace import Plan
 from fastfi.model import forward
 from fastfi.objectives import Objective, logit_gradient
 from fastfi.rows import InputRows, gram_of
@@ -74,7 +74,7 @@ def _full_rank_part(q: Request, part: slice, coordinates: int) -> Evaluation:
     y = None if q.y is None else q.y[part]
     if coordinates < classes - 1:
         raise OptionError(
-            f"assume_full_rank: expected at least K - 1 = {classes - 1} perturbed values, got "
+            f"assume_full_rank: expected at least K - 1 = {classes - 1} values to perturb, got "
             f"{coordinates}, with which the rank cannot be K - 1"
         )
     with torch.autocast(z.device.type, enabled=False), torch.no_grad():
@@ -158,15 +158,11 @@ def _of_parameters(
         result = run_chunks(q, q.plan(FORWARD_CHUNK), lambda p: _full_rank_part(q, p, size))
         return result._replace(names=groups.names, closed_form=groups.names)
     grams = Sweeper(q, parameters, groups, isinstance(rule, Damped) and not single, with_input)
-    facts = {
-        "names": groups.names,
-        "unreached": grams.unreached,
-        "closed_form": _closed(q, rule, grams.plan, groups),
-    }
-    if facts["closed_form"] == groups.names == groups.names[:1] and single:
+    closed = _closed(q, rule, grams.plan, groups)
+    proved = tuple(n for n, certain in zip(groups.names, closed, strict=True) if certain)
+    if single and all(closed):
         result = run_chunks(q, q.plan(FORWARD_CHUNK), lambda p: _full_rank_part(q, p, size))
-        return result._replace(**facts)
-    closed = [name in facts["closed_form"] for name in groups.names]
+        return result._replace(names=groups.names, closed_form=proved, unreached=grams.unreached)
 
     def work(data: BlockGrams, at: Tensor) -> Evaluation:
         c, y = data.classes, None if q.y is None else q.y[at]
@@ -179,7 +175,8 @@ def _of_parameters(
             mask = torch.tensor(closed, device=fi.device)
             full = sort_classes(c.logits, y, None) if c.lumped else c
             whole_rank = _closed_form(full, q.objective, y)
-            assert whole_rank is not None and rank is not None
+            assert whole_rank is not None
+            assert rank is not None
             fi = torch.where(mask, whole_rank[:, None], fi)
             contrasts = c.log_prob.isfinite().sum(1, keepdim=True) - 1  # fewer where lumped
             rank = torch.where(mask, contrasts, rank)
@@ -187,13 +184,12 @@ def _of_parameters(
             fi, rank = fi[:, 0], None if rank is None else rank[:, 0]
         return _part(fi, rank, c, y, data.dtype)
 
-    return sweep_chunks(q, grams.chunks(), grams, work)._replace(**facts)
+    result = sweep_chunks(q, grams.chunks(), grams, work)
+    return result._replace(names=groups.names, closed_form=proved, unreached=grams.unreached)
 
 
-def _closed(q: Request, rule: Inverse, plan: Plan, groups: Blocks) -> tuple[str, ...]:
-    """Names of the blocks for which the closed form is proved: those with the head's bias."""
+def _closed(q: Request, rule: Inverse, plan: Plan, groups: Blocks) -> list[bool]:
+    """For which blocks the closed form is proved: those with the head's bias."""
     certain = q.objective == "cross_entropy" or (q.objective in _BALANCED and q.lump is None)
-    if plan.head is None or not certain or not isinstance(rule, Exact):
-        return ()
-    named = zip(groups.names, groups.members, strict=True)
-    return tuple(name for name, members in named if plan.head in members)
+    certain = certain and plan.head is not None and isinstance(rule, Exact)
+    return [certain and plan.head in members for members in groups.members]

@@ -70,7 +70,7 @@ class Request(NamedTuple):
             y = check_labels(y, x.shape[0], x.device)
         return Request(model, x, y, objective, outputs, lump, memory_budget)
 
-    def plan(self, fixed: int | None = None, variant: tuple[int, ...] = ()) -> ChunkPlan:
+    def plan(self, fixed: int | None = None, variant: tuple[Any, ...] = ()) -> ChunkPlan:
         """Chunks of ``fixed`` samples, or by memory, for work of one kind."""
         key = (self.outputs, self.lump, *variant)
         return ChunkPlan(self.memory_budget, self.x, fixed, self.model, key)

@@ -173,7 +173,7 @@ def test_probabilities_of_zero():
 
 
 BAD_OPTIONS = [
-    ({"wrt": "params"}, "wrt: expected 'input'", "got 'params'"),
+    ({"wrt": "pixels"}, "wrt: expected one of 'input', 'params'", "got 'pixels'"),
     ({"objective": "accuracy"}, "objective: expected one of 'cross_entropy'", "got 'accuracy'"),
     ({"objective": ["a"]}, "objective: expected one of", "got ['a']"),
     ({"lump": "a"}, "lump: expected a probability mass", "got 'a'"),
@@ -199,7 +199,7 @@ def test_options(net, options, expected, came):
 
 def test_assume_full_rank_with_too_few_pixels():
     model = nn.Linear(3, 5)
-    with raises(fastfi.OptionError, "at least K - 1 = 4 input values", "got 3"):
+    with raises(fastfi.OptionError, "at least K - 1 = 4 values to perturb", "got 3"):
         fastfi.influence(model, torch.rand(2, 3), assume_full_rank=True)
 
 

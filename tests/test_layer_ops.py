@@ -21,6 +21,16 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
+def linear_gram(a: Tensor, d: Tensor, ghost: bool) -> Tensor:
+    """The operator, with its rows d [B, n, T, O] as one tensor."""
+    return torch.ops.fastfi.linear_gram(a, [*d.unbind(1)], ghost)
+
+
+def conv_gram(x: Tensor, d: Tensor, *options: Any) -> Tensor:
+    """The same: d [B, n, O, *positions]."""
+    return torch.ops.fastfi.conv_gram(x, [*d.unbind(1)], *options)
+
+
 def epsilon(dtype: torch.dtype) -> float:
     """What products and sums may round at: float64's for float64, float32's for shorter types,
     whose own numbers are exact in it."""
@@ -122,7 +132,7 @@ def test_linear(shape: tuple[int, ...], dtype: torch.dtype, ghost: bool) -> None
     batch, positions, fan_in, n, fan_out = shape
     a = torch.randn(batch, positions, fan_in).to(dtype)
     d = torch.randn(batch, n, positions, fan_out).to(dtype)
-    got = torch.ops.fastfi.linear_gram(a, d, ghost)
+    got = linear_gram(a, d, ghost)
     assert_gram(got, linear_rows(a, d), positions, dtype)
 
 
@@ -132,7 +142,7 @@ def test_linear(shape: tuple[int, ...], dtype: torch.dtype, ghost: bool) -> None
 def test_convolution(name: str, dtype: torch.dtype, ghost: bool) -> None:
     geometry, spatial = GEOMETRIES[name]
     x, d = conv_arguments(dtype, geometry, spatial)
-    got = torch.ops.fastfi.conv_gram(x, d, *geometry, ghost)
+    got = conv_gram(x, d, *geometry, ghost)
     assert_gram(got, conv_rows(x, d, geometry), d[0, 0, 0].numel(), dtype)
 
 
@@ -142,7 +152,7 @@ def test_depthwise(ghost: bool) -> None:
     geometry: Geometry = ([3, 3], [2, 1], [1, 1], [1, 1], 6)
     for outputs in (6, 12):
         x, d = conv_arguments(torch.float64, geometry, [5, 4], channels=6, outputs=outputs)
-        got = torch.ops.fastfi.conv_gram(x, d, *geometry, ghost)
+        got = conv_gram(x, d, *geometry, ghost)
         assert_gram(got, conv_rows(x, d, geometry), d[0, 0, 0].numel(), torch.float64)
 
 
@@ -157,7 +167,7 @@ def test_linear_sizes(sizes: tuple[int, ...], dtype: torch.dtype, ghost: bool, s
     batch, n, positions, fan_in, fan_out = sizes
     a = torch.randn(batch, positions, fan_in).to(dtype)
     d = torch.randn(batch, n, positions, fan_out).to(dtype)
-    got = torch.ops.fastfi.linear_gram(a, d, ghost)
+    got = linear_gram(a, d, ghost)
     # One to some positions may cancel by more than sqrt(T): the magnitudes' Gram is the scale.
     rows, upper = linear_rows(a, d), linear_rows(a.abs(), d.abs())
     bound = 20 * epsilon(dtype) * (positions + fan_in * fan_out) * (upper @ upper.mT)
@@ -196,7 +206,7 @@ def test_convolution_sizes(
     ]
     channels, outputs = groups * widths[0], groups * widths[1]
     x, d = conv_arguments(dtype, geometry, spatial, 2, n, channels, outputs)
-    got = torch.ops.fastfi.conv_gram(x, d, *geometry, ghost)
+    got = conv_gram(x, d, *geometry, ghost)
     rows, upper = conv_rows(x, d, geometry), conv_rows(x.abs(), d.abs(), geometry)
     terms = d[0, 0, 0].numel() + rows.shape[2]
     bound = 20 * epsilon(dtype) * terms * (upper @ upper.mT)
@@ -209,8 +219,8 @@ def test_the_two_ways_agree_and_leave_their_arguments_alone() -> None:
     x, d = conv_arguments(torch.float64, geometry, spatial)
     a, c = torch.randn(2, 5, 4).double(), torch.randn(2, 3, 5, 6).double()
     before = [t.clone() for t in (x, d, a, c)]
-    conv = [torch.ops.fastfi.conv_gram(x, d, *geometry, ghost) for ghost in (False, True)]
-    linear = [torch.ops.fastfi.linear_gram(a, c, ghost) for ghost in (False, True)]
+    conv = [conv_gram(x, d, *geometry, ghost) for ghost in (False, True)]
+    linear = [linear_gram(a, c, ghost) for ghost in (False, True)]
     torch.testing.assert_close(conv[0], conv[1], rtol=0.0, atol=1e-11 * float(conv[0].max()))
     torch.testing.assert_close(linear[0], linear[1], rtol=0.0, atol=1e-12 * float(linear[0].max()))
     assert all(torch.equal(t, b) for t, b in zip((x, d, a, c), before, strict=True))
@@ -221,8 +231,8 @@ def test_a_pointwise_convolution_is_a_linear_layer() -> None:
     x, d = conv_arguments(torch.float64, geometry, spatial)
     a, c = x.flatten(2).mT, d.flatten(3).mT
     for ghost in (False, True):
-        got = torch.ops.fastfi.conv_gram(x, d, *geometry, ghost)
-        want = torch.ops.fastfi.linear_gram(a, c, ghost)
+        got = conv_gram(x, d, *geometry, ghost)
+        want = linear_gram(a, c, ghost)
         torch.testing.assert_close(got, want, rtol=0.0, atol=1e-12 * float(want.max()))
 
 
@@ -231,14 +241,14 @@ def test_layouts(ghost: bool) -> None:
     """Strided views, channels-last images, and cotangents that are expanded."""
     geometry, spatial = GEOMETRIES["3x3"]
     x, d = conv_arguments(torch.float64, geometry, spatial)
-    want = torch.ops.fastfi.conv_gram(x, d, *geometry, ghost)
+    want = conv_gram(x, d, *geometry, ghost)
     last = x.contiguous(memory_format=torch.channels_last)
     turned = d.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
-    got = torch.ops.fastfi.conv_gram(last, turned, *geometry, ghost)
+    got = conv_gram(last, turned, *geometry, ghost)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     a, c = torch.randn(5, 2, 4).double(), torch.randn(2, 1, 5, 6).double().expand(2, 3, 5, 6)
-    want = torch.ops.fastfi.linear_gram(a.transpose(0, 1).contiguous(), c.contiguous(), ghost)
-    got = torch.ops.fastfi.linear_gram(a.transpose(0, 1), c, ghost)
+    want = linear_gram(a.transpose(0, 1).contiguous(), c.contiguous(), ghost)
+    got = linear_gram(a.transpose(0, 1), c, ghost)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -247,10 +257,11 @@ def test_layouts(ghost: bool) -> None:
 def test_opcheck(dtype: torch.dtype, ghost: bool) -> None:
     for batch in (2, 0):
         a, d = torch.randn(batch, 5, 3).to(dtype), torch.randn(batch, 2, 5, 4).to(dtype)
-        torch.library.opcheck(torch.ops.fastfi.linear_gram.default, (a, d, ghost))
+        torch.library.opcheck(torch.ops.fastfi.linear_gram.default, (a, [*d.unbind(1)], ghost))
     geometry, spatial = GEOMETRIES["grouped"]
     x, d = conv_arguments(dtype, geometry, spatial)
-    torch.library.opcheck(torch.ops.fastfi.conv_gram.default, (x, d, *geometry, ghost))
+    arguments = (x, [*d.unbind(1)], *geometry, ghost)
+    torch.library.opcheck(torch.ops.fastfi.conv_gram.default, arguments)
 
 
 def test_fake_and_meta_tensors() -> None:
@@ -259,11 +270,11 @@ def test_fake_and_meta_tensors() -> None:
     a, c = torch.randn(2, 5, 3), torch.randn(2, 4, 5, 6)
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) for t in (x, d, a, c)]
-        conv = torch.ops.fastfi.conv_gram(*fake[:2], *geometry, False)
-        linear = torch.ops.fastfi.linear_gram(*fake[2:], True)
+        conv = conv_gram(*fake[:2], *geometry, False)
+        linear = linear_gram(*fake[2:], True)
     assert conv.shape == (2, 3, 3) and linear.shape == (2, 4, 4)
     assert conv.dtype == linear.dtype == torch.float64
-    meta = torch.ops.fastfi.linear_gram(a.to("meta"), c.to("meta"), False)
+    meta = linear_gram(a.to("meta"), c.to("meta"), False)
     assert meta.device.type == "meta" and meta.shape == (2, 4, 4)
     assert {"linear_gram", "conv_gram"} <= set(fastfi.backends())
 
@@ -287,7 +298,7 @@ def ones(*shape: int, **options: Any) -> Tensor:
 def test_linear_refuses(a: Tensor, d: Tensor) -> None:
     for ghost in (False, True):
         with pytest.raises(ValueError, match="linear_gram"):
-            torch.ops.fastfi.linear_gram(a, d, ghost)
+            linear_gram(a, d, ghost)
 
 
 FINE: tuple[Any, ...] = (ones(2, 4, 5, 5), ones(2, 3, 6, 5, 5), [3, 3], [1, 1], [1, 1], [1, 1], 2)
@@ -312,8 +323,8 @@ BAD_CONVOLUTIONS = {
 
 @pytest.mark.parametrize("case", list(BAD_CONVOLUTIONS))
 def test_convolution_refuses(case: str) -> None:
-    torch.ops.fastfi.conv_gram(*FINE, False)
+    conv_gram(*FINE, False)
     at, value = BAD_CONVOLUTIONS[case]
     for ghost in (False, True):
         with pytest.raises(ValueError, match="conv_gram"):
-            torch.ops.fastfi.conv_gram(*FINE[:at], value, *FINE[at + 1 :], ghost)
+            conv_gram(*FINE[:at], value, *FINE[at + 1 :], ghost)

@@ -123,9 +123,10 @@ def test_meta_tensors(name: str) -> None:
 def test_the_reference_is_every_devices_kernel() -> None:
     """The default kernel is registered for all devices, and the CPU's is the compiled one."""
     table = fastfi.backends()
-    assert set(table) == {"gram", "segment_gram", "window_influence", *SOLVES}
+    layers = {"linear_gram", "conv_gram", "channel_sums"}
+    assert set(table) == {"gram", "segment_gram", "window_influence", *SOLVES, *layers}
     for name, kernels in table.items():
-        assert "reference" in kernels["default"]
+        assert kernels["default"] == f"torch {'matrix products' if name in layers else 'reference'}"
         assert "C++" in kernels["cpu"]
         assert torch._C._dispatch_has_kernel_for_dispatch_key(
             f"fastfi::{name}", "CompositeExplicitAutograd"

@@ -30,4 +30,7 @@ def backends() -> dict[str, dict[str, str]]:
         named. The CPU's entry names the instruction set in use.
     """
     kernel = f"C++ ({cpu.instruction_sets()[0]})"
-    return {name: {"cpu": kernel, "default": "torch reference"} for name in OP_NAMES}
+    table = {name: {"cpu": kernel, "default": "torch reference"} for name in OP_NAMES}
+    for name in _LAYERS:
+        table[name]["default"] = "torch matrix products"
+    return table

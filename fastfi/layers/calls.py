@@ -20,13 +20,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastfi.layers.batching import Batching
 from fastfi.layers.tape import Tape
-from fastfi.layers.uses import Kept
+from fastfi.layers.uses import Kept, Tapped
 
 __all__ = ["Call", "tapped_modules"]
 
 
 @dataclass
-class Call:
+class Call(Tapped):
     """One call of a module.
 
     Attributes:
@@ -97,6 +97,7 @@ class Call:
         own = dict(self.module.named_parameters(remove_duplicate=False))
         weights = {name: own[name].detach() for name in names}
         leaves = list(d)
+        device = d[leaves[0]].device.type
 
         def outputs(weights: dict[str, Tensor], samples: Sequence[Tensor]) -> list[Tensor]:
             each = iter(samples)
@@ -106,13 +107,13 @@ class Call:
             values = [next(tensors) if isinstance(a, Kept) else a for a in self.arguments]
             args, kwargs = tree_unflatten(values, self.form)
             enabled, dtype = self.autocast
-            with torch.autocast(fixed_device(fixed), dtype=dtype, enabled=enabled):
+            with torch.autocast(device, dtype=dtype, enabled=enabled):
                 out = functional_call(self.module, weights, args, kwargs)
             flat = tree_flatten(out)[0]
             return [flat[self.outputs_leaf(leaf)] for leaf in leaves]
 
         def sample(samples: Sequence[Tensor], cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
-            _, pull = vjp(lambda w: outputs(w, samples), weights)
+            _, pull = vjp(lambda w: outputs(w, samples), weights)  # type: ignore[misc]
             return vmap(lambda *c: pull(list(c))[0])(*cotangents)
 
         cotangents = [d[leaf] for leaf in leaves]
@@ -128,11 +129,6 @@ class Call:
     def outputs_leaf(self, leaf: int) -> int:
         """Position among the module's flattened outputs of the leaf-th tapped one."""
         return list(self.outputs.values())[leaf]
-
-
-def fixed_device(tensors: Sequence[Tensor]) -> str:
-    """The device type of the call."""
-    return tensors[0].device.type if tensors else "cpu"
 
 
 def _each(

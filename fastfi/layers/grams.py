@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from fastfi._checks import check_finite, check_label_range
 from fastfi.classes import SortedClasses
 from fastfi.errors import OptionError
 from fastfi.inverse import default_rtol
-from fastfi.layers.cotangents import Cotangents, root_grams
+from fastfi.layers.cotangents import Cotangents
 from fastfi.layers.parameters import Blocks, Parameters
-from fastfi.layers.plan import Plan, Stale, Trace, assign, plan_for, trace
+from fastfi.layers.plan import plan_for
+from fastfi.layers.products import root_grams
+from fastfi.layers.trace import Stale, Trace, assign, trace
 from fastfi.memory import ChunkPlan, Footprint
 from fastfi.rows import Contrasts, contrasts
 from fastfi.sweep import Request
@@ -190,7 +192,7 @@ class Sweeper:
         used = sorted({e for u in uses for e in u.edges})
         gathered = Cotangents(uses, len(z), len(rows))
         to_input = leaf.new_empty(len(rows) if self.with_input else 0, *leaf.shape)
-        inputs = [t.tape.edges[e] for e in used] + [leaf] * self.with_input
+        inputs: list[Any] = [t.tape.edges[e] for e in used] + [leaf] * self.with_input
         grads: list[Tensor | None] = [None] * len(t.tape.edges)
         for i, row in enumerate(rows):
             keep = not (last and i + 1 == len(rows))

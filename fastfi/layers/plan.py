@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,133 +18,19 @@ from torch.autograd.graph import get_gradient_edge
 
 from fastfi.errors import OptionError
 from fastfi.layers.batching import Batching, batched_dimension
-from fastfi.layers.calls import Call, tapped_modules
-from fastfi.layers.cotangents import Cotangents, root_grams
+from fastfi.layers.calls import Call
+from fastfi.layers.cotangents import Cotangents
 from fastfi.layers.parameters import Parameters
+from fastfi.layers.products import root_grams
 from fastfi.layers.rules import AFFINE
-from fastfi.layers.tape import Choices, Tape
-from fastfi.layers.uses import Scaled, Use
+from fastfi.layers.tape import Choices
+from fastfi.layers.trace import PLANNED_ON, Plan, Trace, signature, trace
+from fastfi.layers.uses import Scaled, Tapped
 from fastfi.memory import ActivationMeter
-from fastfi.model import logits_of
-from fastfi.rows import Recorded, record
 
-__all__ = ["Plan", "Stale", "Trace", "plan_for", "trace"]
+__all__ = ["plan_for"]
 
-_FEW, _MANY = 2, 3
-
-
-class Stale(Exception):
-    """The model did not do what its plan says: other operations than in the samples before."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a model uses its parameters.
-
-    Attributes:
-        choices: for the tapes.
-        calls: modules tapped as a whole: their parameters' numbers, by the module's name.
-        loops: those of them that vmap cannot run.
-        uses: of each use in turn: operation, parameters.
-        batchings: of each use's tensors.
-        shapes: of these tensors, for three samples.
-        unreached: parameters that do not reach the logits.
-        head: the parameter that is proved to be the logits' own bias, or None.
-        classes: K.
-        saved, largest: bytes that autograd saves for a sample, in all and in its largest storage.
-        held: bytes of the cotangents that one row of one sample keeps.
-    """
-
-    choices: Choices = Choices()
-    calls: Mapping[str, tuple[int, ...]] = None  # type: ignore[assignment]
-    loops: frozenset[str] = frozenset()
-    uses: tuple[Any, ...] = ()
-    batchings: tuple[Sequence[Batching | None], ...] = ()
-    shapes: tuple[Sequence[tuple[int, ...]], ...] = ()
-    unreached: frozenset[int] = frozenset()
-    head: int | None = None
-    classes: int = 0
-    saved: int = 0
-    largest: int = 0
-    held: int = 0
-
-
-@dataclass
-class Trace:
-    """A forward pass on a tape.
-
-    Attributes:
-        recorded: the logits' graph.
-        tape: what was noted.
-        raw: the model's own output tensor.
-    """
-
-    recorded: Recorded
-    tape: Tape
-    raw: Tensor
-
-
-def trace(
-    parameters: Parameters,
-    x: Tensor,
-    outputs: str,
-    plan: Plan,
-    *,
-    to_input: bool = False,
-    meter: ActivationMeter | None = None,
-) -> Trace:
-    """One forward pass of x with the taps that the plan asks for.
-
-    Args:
-        to_input: whether x needs cotangents too.
-        meter: counts what autograd saves.
-    """
-    tape = Tape(parameters.tensors, parameters.constants(), plan.choices)
-    raw: list[Tensor] = []
-
-    def model(x: Tensor) -> Any:
-        out = parameters.model(x)
-        raw.append(logits_of(out))
-        return out
-
-    calls = {}
-    for name, roots in (plan.calls or {}).items():
-        calls[parameters.module.get_submodule(name)] = (name, parameters.within(name, roots))
-    with tapped_modules(tape, calls, plan.loops), tape:
-        recorded = record(model, x, outputs, meter, to_input=to_input)
-    return Trace(recorded, tape, raw[-1])
-
-
-def _signature(use: Use | Call) -> tuple[str, tuple[int, ...]]:
-    return use.what, use.roots
-
-
-def assign(t: Trace, plan: Plan, strict: bool) -> None:
-    """Gives each use the batchings of the plan.
-
-    Args:
-        strict: whether tensors must have the plan's shapes, but for the number of samples.
-
-    Raises:
-        Stale: the uses are others.
-    """
-    batch = t.recorded.z.shape[0]
-    uses = t.tape.uses
-    if tuple(map(_signature, uses)) != plan.uses or t.tape.unruled:
-        raise Stale
-    for use, batchings, shapes in zip(uses, plan.batchings, plan.shapes, strict=True):
-        for shape, b, expected in zip(use.shapes(), batchings, shapes, strict=True):
-            if len(shape) != len(expected) or (b is not None and shape[b.dim] % batch):
-                raise Stale
-            scaled = [
-                n * batch if b is not None and i == b.dim else n * _MANY
-                for i, n in enumerate(expected)
-            ]
-            if strict and scaled != [n * _MANY for n in shape]:
-                raise Stale
-        use.assign(batchings)
-        if any(k.overwritten for k in use.kept()):
-            raise Stale
+_FEW, _MANY = 2, PLANNED_ON
 
 
 def _places(d: Tensor, dim: int) -> set[int]:
@@ -174,7 +59,7 @@ def _minor(d: Sequence[Tensor], dim: int) -> bool | None:
 
 
 def _batchings(
-    few: Use | Call, many: Use | Call, grads: Sequence[Sequence[Tensor | None]]
+    few: Tapped, many: Tapped, grads: Sequence[Sequence[Tensor | None]]
 ) -> list[Batching | None] | None:
     """Where the samples lie in each of a use's tensors; None if that is not clear for an output
     that the logits depend on.
@@ -207,8 +92,7 @@ def _squares(
 ) -> dict[int, list[float]]:
     """The squared lengths of each parameter's gradients by the rules, for the three samples."""
     for use, b in zip(t.tape.uses, batchings, strict=True):
-        if b[0] is not None or isinstance(use, Call):
-            use.assign(b)
+        use.assign(b)
     uses = [u for u in t.tape.uses if any(grads[e] is not None for e in u.edges)]
     gathered = Cotangents(uses, _MANY, 1)
     gathered.take(0, grads)
@@ -289,7 +173,7 @@ class _Search:
             self._escalate(set(unruled), f"in {', '.join(sorted(set(unruled.values())))}")
             return None
         uses = many.tape.uses
-        if [*map(_signature, uses)] != [*map(_signature, few.tape.uses)]:
+        if [*map(signature, uses)] != [*map(signature, few.tape.uses)]:
             raise OptionError(
                 "model: expected the same operations on the parameters whatever the batch is, got "
                 "others for two samples than for three"
@@ -326,7 +210,7 @@ class _Search:
             plan.choices,
             plan.calls,
             plan.loops,
-            tuple(map(_signature, uses)),
+            tuple(map(signature, uses)),
             tuple(batchings),
             tuple(u.shapes() for u in uses),
             unreached,
@@ -345,16 +229,16 @@ class _Search:
         weights = torch.randn(z.shape[1], generator=generator, dtype=torch.float64)
         cotangent = torch.zeros_like(z)
         cotangent[sample] = weights.to(z)
-        inputs = [*t.tape.edges, *(self.parameters.tensors if sample == 1 else ())]
+        inputs: list[Any] = [*t.tape.edges, *(self.parameters.tensors if sample == 1 else ())]
         if not inputs:
             return [], []
         with torch.autocast(z.device.type, enabled=False):
             grads = torch.autograd.grad(z, inputs, cotangent, retain_graph=True, allow_unused=True)
         count = len(t.tape.edges)
-        own = [None if g is None else _square(g) for g in grads[count:]]
+        own: list[float | None] = [None if g is None else _square(g) for g in grads[count:]]
         return list(grads[:count]), own
 
-    def _without_samples(self, use: Use | Call) -> None:
+    def _without_samples(self, use: Tapped) -> None:
         """An output in which no dimension grows with the batch, or not sample by sample."""
         key = (use.what, frozenset(use.roots), tuple(use.shapes()[0]))
         if isinstance(use, Scaled) and key not in self.constant and use.what != AFFINE:

@@ -31,7 +31,7 @@ class Source:
     @staticmethod
     def of(root: int, parameter: Tensor, view: Tensor) -> Source:
         """The view must share the parameter's storage."""
-        offset = view.storage_offset() - parameter.storage_offset()
+        offset = int(view.storage_offset() - parameter.storage_offset())
         return Source(root, parameter.numel(), offset, tuple(view.shape), view.stride())
 
     def transposed(self) -> Source:

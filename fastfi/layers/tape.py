@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fastfi.layers.source import Source
-from fastfi.layers.uses import Kept, Pulled, Scaled, Use
+from fastfi.layers.uses import Kept, Pulled, Scaled, Tapped
 
 __all__ = ["Choices", "Tape"]
 
@@ -77,6 +77,7 @@ class Tape(TorchFunctionMode):
         parameters: those to watch; their numbers are their positions.
         constants: the model's other tensors: frozen parameters, buffers.
         choices: see :class:`Choices`.
+        rules: by the function's name; see :mod:`fastfi.layers.rules`.
 
     Attributes:
         edges: the outputs whose cotangents the uses need.
@@ -85,13 +86,17 @@ class Tape(TorchFunctionMode):
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], constants: Iterable[Tensor], choices: Choices
+        self,
+        parameters: Sequence[Tensor],
+        constants: Iterable[Tensor],
+        choices: Choices,
+        rules: Mapping[str, Callable[..., Any]],
     ) -> None:
         super().__init__()
-        self.parameters = parameters
+        self.parameters, self._rules = parameters, rules
         self.choices = choices
         self.edges: list[GradientEdge] = []
-        self.uses: list[Use] = []
+        self.uses: list[Tapped] = []
         self.unruled: dict[int, str] = {}
         # By id; the tensors are held, so that no id is used again.
         self._known: dict[int, tuple[Tensor, Source | _Derived]] = {}
@@ -151,14 +156,14 @@ class Tape(TorchFunctionMode):
         self, what: str, t: Tensor, edge: int, shape: Sequence[int], aligned: Sequence[int]
     ) -> None:
         """The use of a parameter, or of a tensor computed from some, that was spread out."""
-        source, shape, aligned = self.source(t), tuple(shape), tuple(aligned)
-        if source is not None:
-            self.uses.append(Scaled(what, source, edge, shape, aligned, None))
-            return
-        origins = {root: self.parameters[root] for root in sorted(self.roots([t]))}
-        source = Source.of(next(iter(origins)), t, t)
-        use = Pulled(what, source, edge, shape, aligned, None, derived=t, origins=origins)
-        self.uses.append(use)
+        place = edge, tuple(shape), tuple(aligned), None
+        source = self.source(t)
+        if source is None:
+            origins = {root: self.parameters[root] for root in sorted(self.roots([t]))}
+            own = Source.of(next(iter(origins)), t, t)
+            self.uses.append(Pulled(what, own, *place, derived=t, origins=origins))
+        else:
+            self.uses.append(Scaled(what, source, *place))
 
     def note(self, func: Any, values: Sequence[Any], out: Any) -> None:
         """Follows what becomes of parameters outside of the rules."""
@@ -173,9 +178,9 @@ class Tape(TorchFunctionMode):
             return
         sources = [s for t in arguments if (s := self.source(t)) is not None]
         for t in outputs:
-            root = sources[0].root if len(sources) == len(arguments) == 1 else None
-            if root is not None and _shares(t, self.parameters[root]):
-                self._know(t, Source.of(root, self.parameters[root], t))
+            only = sources[0].root if len(sources) == len(arguments) == 1 else None
+            if only is not None and _shares(t, self.parameters[only]):
+                self._know(t, Source.of(only, self.parameters[only], t))
             else:
                 self._know(t, _Derived(roots))
 
@@ -186,15 +191,13 @@ class Tape(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        from fastfi.layers.rules import RULES
-
         kwargs = kwargs or {}
         if func in _TRANSPARENT:
             with self:
                 return _open(func)(*args, **kwargs)
         values = [*args, *kwargs.values()]
         if self.roots(values):
-            rule = RULES.get(getattr(func, "__name__", ""))
+            rule = self._rules.get(getattr(func, "__name__", ""))
             if rule is not None:
                 out = rule(self, func, args, kwargs)
                 if out is not NotImplemented:

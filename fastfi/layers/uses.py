@@ -13,17 +13,18 @@ Shapes below: B samples, T positions, n rows (cotangents), O outputs, D inputs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fastfi.layers.batching import Batching
 from fastfi.convolution import Geometry, unfold
+from fastfi.layers.batching import Batching
 from fastfi.layers.source import Source
 
-__all__ = ["Convolution", "Kept", "Lookup", "Outer", "Pulled", "Scaled", "Use"]
+__all__ = ["Convolution", "Kept", "Lookup", "Outer", "Pulled", "Scaled", "Tapped", "Use"]
 
 
 class Kept:
@@ -44,8 +45,40 @@ class Kept:
         return self.tensor._version != self._version
 
 
+class Tapped(ABC):
+    """Something on the tape that parameters' gradients follow from.
+
+    Attributes:
+        what: its name.
+    """
+
+    what: str
+
+    @property
+    @abstractmethod
+    def roots(self) -> tuple[int, ...]:
+        """The parameters whose gradients it adds to."""
+
+    @property
+    @abstractmethod
+    def edges(self) -> list[int]:
+        """The edges whose cotangents it needs."""
+
+    @abstractmethod
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of every tensor whose batching it needs: the edges' first, in their order."""
+
+    @abstractmethod
+    def assign(self, batchings: Sequence[Batching | None]) -> None:
+        """Takes the batchings of those tensors."""
+
+    def kept(self) -> list[Kept]:
+        """The activations that must not have been overwritten."""
+        return []
+
+
 @dataclass
-class Use:
+class Use(Tapped):
     """One operation that reads (a view of) one parameter.
 
     Attributes:
@@ -64,26 +97,18 @@ class Use:
 
     @property
     def roots(self) -> tuple[int, ...]:
-        """The parameters whose gradients it adds to."""
         return (self.source.root,)
 
     @property
     def edges(self) -> list[int]:
-        """The edges whose cotangents it needs."""
         return [self.edge]
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of every tensor whose batching it needs, the outputs' first."""
         return [self.out]
 
     def assign(self, batchings: Sequence[Batching | None]) -> None:
-        """Takes the batchings of those tensors; the first must have one."""
-        assert batchings[0] is not None
-        self.batching = batchings[0]
-
-    def kept(self) -> list[Kept]:
-        """The activations that must not have been overwritten."""
-        return []
+        if batchings[0] is not None:  # None where no cotangent comes
+            self.batching = batchings[0]
 
 
 @dataclass
@@ -152,7 +177,7 @@ class Convolution(Use):
         right = columns.unflatten(0, lead).unflatten(3, (g, -1))  # [b, n, m, g, J, T]
         left = grid.flatten(4).unflatten(3, (g, -1))  # [b, n, m, g, I, T]
         assert c % g == 0
-        return tuple(f.permute(0, 1, 3, 2, 5, 4).flatten(3, 4) for f in (left, right))  # type: ignore[return-value]
+        return tuple(f.permute(0, 1, 3, 2, 5, 4).flatten(3, 4) for f in (left, right))
 
 
 @dataclass
@@ -191,6 +216,7 @@ class Scaled(Use):
     def gradient(self, d: Tensor, batch: int) -> Tensor:
         """The view's gradient, [B, size]."""
         factor = self.scale()
+        d = d.to(torch.promote_types(d.dtype, torch.float32))
         if factor is not None:
             d = d * factor
         summed = [i + 1 for i, size in enumerate(self.aligned) if size == 1]
@@ -201,8 +227,9 @@ class Scaled(Use):
         """The gradients [B, C] of this entry and of a bias beside it, where :meth:`channels`."""
         factor = self.scale()
         assert factor is not None
-        flat = d.flatten(2).flatten(0, 1), factor.to(d.dtype).reshape(d.shape).flatten(2)
-        weight, bias = torch.ops.fastfi.channel_sums(flat[0], flat[1].flatten(0, 1))
+        kind = torch.promote_types(torch.promote_types(d.dtype, factor.dtype), torch.float32)
+        flat = [t.to(kind).reshape(d.shape).flatten(2).flatten(0, 1) for t in (d, factor)]
+        weight, bias = torch.ops.fastfi.channel_sums(*flat)
         return weight.view(d.shape[:2]), bias.view(d.shape[:2])
 
 
