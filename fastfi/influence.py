@@ -20,10 +20,10 @@ class Influence(NamedTuple):
     """What :func:`influence` returns with ``full_output=True``.
 
     Attributes:
-        fi: [B].
-        rank: [B] int64, the rank of the contrasts (Exact; of the lumped classes with ``lump``, and
-            K - 1 with ``assume_full_rank``) or the number of singular values kept (Truncated); None
-            for Damped, which drops none.
+        fi: [B], or [B, L] for L layers or names.
+        rank: int64, as many as ``fi``: the rank of the contrasts (Exact; of the lumped classes with
+            ``lump``, and K - 1 with ``assume_full_rank``) or the number of singular values kept
+            (Truncated); None for Damped, which drops none.
         label: [B] int64, the class whose objective was measured: y, or the predicted class.
         log_prob: [B] float64, log P of that class.
         names: the perturbed blocks, one for each column of ``fi``: ``("input",)``, ``("params",)``,
@@ -75,51 +75,79 @@ def influence(
     memory_budget: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | Influence:
-    """First-order local influence of a perturbation of each sample's input (Case 1 of the paper).
+    """First-order local influence, for each sample, of a perturbation of the sample itself, of the
+    model's parameters, or of single layers' parameters.
 
-    ``FI = h^T G^+ h``, with ``G = sum_k P_k dl_k dl_k^T`` the Fisher metric of the input, dl_k the
-    gradient of log P_k, and h the gradient of the objective: Shu and Zhu, "Sensitivity Analysis of
-    Deep Neural Networks", AAAI 2019 (arXiv 1901.07152), equations 2 to 6.
+    ``FI = h^T G^+ h``, with ``G = sum_k P_k dl_k dl_k^T`` the Fisher metric of what is perturbed,
+    dl_k the gradient of log P_k with respect to it, and h the gradient of the objective: Shu and
+    Zhu, "Sensitivity Analysis of Deep Neural Networks", AAAI 2019 (arXiv 1901.07152), equations 2
+    to 6, Cases 1 to 3. G is never formed, and one sweep of K - 1 backward passes, for K classes,
+    does for all layers together.
 
     Args:
         model: nn.Module in evaluation mode, or any callable, that maps x to class scores [B, K], or
             to an object with ``.logits``; each sample's scores must depend on that sample alone. A
-            single logit, [B, 1] or [B], is a two-class model with logits (0, z).
-        x: floating-point samples [B, ...], B >= 1, finite.
+            single logit, [B, 1] or [B], is a two-class model with logits (0, z). Parameters can be
+            perturbed in an nn.Module, or through a bound method of one.
+        x: floating-point samples [B, ...], B >= 1, finite; or integers, such as tokens, where only
+            parameters are perturbed.
         y: integer labels [B] from 0 to K - 1 (the paper's Setups 1 and 2), or None for the
             predicted class (Setups 3 and 4).
-        wrt: what is perturbed; only ``"input"`` in this version.
+        wrt: what is perturbed:
+
+            - ``"input"``: the sample (Case 1, Setups 1 and 3), one block;
+            - ``"params"``: all trainable parameters together (Case 2, Setup 2.1), one block;
+            - ``"all"``: the input and all trainable parameters together, one block;
+            - ``"layers"``: each layer's parameters (Case 3, Setup 2.2). A layer is a module that
+              owns trainable parameters itself, "(model)" for the model's own; there are L, in the
+              modules' order;
+            - a list of names of modules or parameters, ``["layer4", "fc.weight"]``: one block each,
+              in that order. A module stands for all trainable parameters below it; blocks may
+              overlap.
+
+            Trainable means ``requires_grad``; frozen parameters are not perturbed. A weight that
+            several layers share belongs to each of them, with all its uses, and counts once in
+            ``"params"`` and ``"all"``.
         objective: ``"cross_entropy"`` (-log P_y), ``"logit"`` (z_y), ``"margin"`` (z_y minus the
             largest other logit), ``"entropy"``, ``"nll_of_others"`` (-log(1 - P_y)), or a callable
             ``f(logits [B, K] float64, y [B]) -> [B]`` that torch can differentiate.
         inverse: ``"exact"`` (the definition), ``"truncated"`` (the authors' published rule),
             ``"damped"``, or an instance of :class:`Exact`, :class:`Truncated`, :class:`Damped`.
+            Damped takes tau from the metric of all trainable parameters where blocks are layers or
+            names, so that their values compare; otherwise from the block's own.
         outputs: what the model returns: ``"logits"``, ``"log_probs"`` or ``"probs"``.
         lump: merge each sample's least probable classes while they hold less than this mass in all
             (0 < lump < 1; the label is kept). FI of cross-entropy can only grow by it, and does not
             change at full rank; other objectives lose what they do within the merged classes. The
             cost falls from K - 1 backward passes to one for each class that is kept.
-        assume_full_rank: use the closed form at rank K - 1, which needs one forward pass and no
-            rows; Exact only.
+        assume_full_rank: use the closed form at rank K - 1, (1 - P_y) / P_y for cross-entropy,
+            which needs one forward pass and no rows; Exact only, for ``"input"``, ``"params"`` and
+            ``"all"``. Exact takes it anyway where the rank is proved: for blocks with the bias of
+            an affine head whose output the model returns as its logits
+            (:attr:`Influence.closed_form`).
         full_output: return :class:`Influence` instead of FI alone.
         memory_budget: bytes for activations and rows; None means half of what is free. Chunk sizes
-            follow from a measurement on two samples; running out of memory halves them.
+            follow from a measurement on a few samples; running out of memory halves them.
         dtype: of the result; None means float64 for a model that returns float64, else float32,
             where values beyond its range saturate at its largest number.
 
     Returns:
-        FI [B] on x's device, not negative; inf only where P_y underflows float64. Or
-        :class:`Influence`.
+        FI on x's device, not negative; inf only where P_y underflows float64. [B] for ``"input"``,
+        ``"params"`` and ``"all"``, [B, L] for ``"layers"`` and names. Or :class:`Influence`.
 
     Raises:
         InputError, LabelError, OptionError, OutputError, ModelModeError, NonFiniteError: see
-            :mod:`fastfi.errors`; all derive from :class:`FastfiError`.
+            :mod:`fastfi.errors`; all derive from :class:`FastfiError`. OptionError names parameters
+            whose per-sample gradients neither a rule nor the fallback can give.
 
     Example:
-        >>> model = torch.nn.Linear(784, 10)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(784, 32), torch.nn.Linear(32, 10))
         >>> x, y = torch.rand(4, 784), torch.tensor([3, 1, 4, 1])
         >>> fastfi.influence(model, x, y).shape
         torch.Size([4])
+        >>> r = fastfi.influence(model, x, y, wrt="layers", inverse="damped", full_output=True)
+        >>> r.names, r.fi.shape
+        (('0', '1'), torch.Size([4, 2]))
     """
     check_dtype(dtype)
     result = evaluate(

@@ -85,7 +85,9 @@ class Truncated:
 class Damped:
     """``FI_tau = h^T (G + tau I)^-1 h`` with ``tau = alpha * trace(G_ref)``.
 
-    G_ref is the metric of the whole input, so that rescaling all of it changes nothing.
+    G_ref is the metric of the whole input for the input, its windows and its regions; of all
+    trainable parameters for them and for layers or other blocks of them; of both for ``wrt="all"``.
+    So rescaling all of it changes nothing, and a sample's windows, or its layers, have one tau.
 
     Args:
         alpha: above 0. The relative rounding error grows as 1e-16 / alpha.

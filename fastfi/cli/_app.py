@@ -76,8 +76,10 @@ def _open(data: Path | Sequence[Path], config: Mapping[str, Any]) -> ImageSource
     return open_dataset(data, **{k: config[k] for k in keys})
 
 
-def _model(model: str, weights: Path | None, device: torch.device) -> nn.Module:
-    network = load_model(model, weights, device)
+def _model(
+    model: str, weights: Path | None, device: torch.device, trainable: bool = False
+) -> nn.Module:
+    network = load_model(model, weights, device, trainable)
     if weights is None:
         print("fastfi: no --weights: the model is used as its factory made it", file=sys.stderr)
     return network
@@ -113,6 +115,7 @@ def score_command(
     weights: o.WeightsOption = None,
     split: o.SplitOption = None,
     labels: o.LabelsOption = "true",
+    wrt: o.WrtOption = None,
     inverse: o.InverseOption = "exact",
     rtol: o.RtolOption = None,
     eps: o.EpsOption = None,
@@ -140,16 +143,17 @@ def score_command(
     """Compute FI for every image of a data set.
 
     Writes the columns id, label (the data's own, empty if it has none), predicted, log_prob (of the
-    label that FI is computed for, see --labels), fi and rank (empty for --inverse damped). The file
-    appears only when it is complete.
+    label that FI is computed for, see --labels), fi and rank (empty for --inverse damped); or, with
+    --wrt layers or names, one fi:NAME and one rank:NAME for each. The file appears only when it is
+    complete.
     """
     with reported(show_traceback, "scores"), terminable():
         check_output(out, overwrite, ScoreFile.suffixes)
         rule = o.as_inverse(inverse, rtol, eps, alpha)
-        config = _config(context.params, rule, data=str(data))
-        options = _score_options(config, rule, "assume_full_rank")
+        config = _config(context.params, rule, data=str(data), wrt=o.as_wrt(wrt))
+        options = _score_options(config, rule, "assume_full_rank", "wrt")
         source = _open(data, config)
-        network = _model(model, weights, options.device)
+        network = _model(model, weights, options.device, trainable=config["wrt"] != "input")
         run_score(network, source, options, out, overwrite, show_progress, _metadata(config))
 
 

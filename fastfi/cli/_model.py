@@ -16,7 +16,9 @@ from fastfi.errors import OptionError
 __all__ = ["load_model", "parse_device"]
 
 
-def load_model(spec: str, weights: Path | None, device: torch.device) -> nn.Module:
+def load_model(
+    spec: str, weights: Path | None, device: torch.device, trainable: bool = False
+) -> nn.Module:
     """Imports and calls a model factory, loads weights, and puts the model in evaluation mode.
 
     Args:
@@ -24,9 +26,11 @@ def load_model(spec: str, weights: Path | None, device: torch.device) -> nn.Modu
             without arguments. The current directory is importable.
         weights: see :func:`~fastfi.cli._weights.load_weights`. None keeps what the factory made.
         device: where the model goes.
+        trainable: leave parameters trainable that the factory left so, because they are to be
+            perturbed.
 
     Returns:
-        The model, in evaluation mode, its parameters without gradients.
+        The model, in evaluation mode, its parameters without gradients unless ``trainable``.
 
     Raises:
         OptionError: nothing to import there, or the factory failed.
@@ -59,7 +63,9 @@ def load_model(spec: str, weights: Path | None, device: torch.device) -> nn.Modu
         raise OptionError(f"--model {spec}: expected an nn.Module, got {type(model).__name__}")
     if weights is not None:
         load_weights(model, weights)
-    return model.eval().requires_grad_(False).to(device)
+    if not trainable:
+        model.requires_grad_(False)
+    return model.eval().to(device)
 
 
 def parse_device(name: str) -> torch.device:

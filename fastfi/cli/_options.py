@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +13,7 @@ import fastfi
 from fastfi.cli._batches import Labels
 from fastfi.errors import OptionError
 
-__all__ = ["FORMATS", "as_inverse", "integers", "numbers", "parse_bytes"]
+__all__ = ["FORMATS", "as_inverse", "as_wrt", "integers", "numbers", "parse_bytes"]
 
 FORMATS = (
     "A folder of IDX files (MNIST), an .npz file, Parquet in the Hugging Face image layout (file "
@@ -33,6 +34,15 @@ WeightsOption = Annotated[
 SplitOption = Annotated[str | None, typer.Option(help="train, test, ...")]
 LabelsOption = Annotated[
     Labels, typer.Option(help="Whose influence: of the true or of the predicted label.")
+]
+WrtOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WHAT",
+        help="What is perturbed: input (the default), params (all trainable parameters), all "
+        "(both), layers (each by itself), or the module or parameter of that name; repeat the "
+        "option for several names.",
+    ),
 ]
 InverseOption = Annotated[
     Literal["exact", "truncated", "damped"], typer.Option(help="Inverse of the metric.")
@@ -117,6 +127,21 @@ def integers(option: str, text: str) -> tuple[int, ...]:
         raise OptionError(
             f"{option}: expected integers separated by commas, got {text!r}"
         ) from error
+
+
+def as_wrt(given: Sequence[str] | None) -> str | list[str]:
+    """``wrt`` of :func:`fastfi.influence`: a single word of its own, or names.
+
+    Raises:
+        OptionError: a name is given twice, and would make two columns of that name.
+    """
+    names = list(given or ["input"])
+    if len(names) == 1 and names[0] in ("input", "params", "all", "layers"):
+        return names[0]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise OptionError(f"--wrt: expected different names, got {twice!r} more than once")
+    return names
 
 
 def as_inverse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,16 +22,18 @@ __all__ = ["COLOURS", "draw_layers", "kind_styles", "layer_profile"]
 # Okabe and Ito's palette without yellow: distinguishable under every common colour blindness.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")
 # How the layers of one type are drawn: these types, and in turn any others.
+LAYER = "layer"  # where no types are given
 STYLES: dict[str, dict[str, Any]] = {
+    LAYER: {"marker": "o"},
     "conv": {"marker": "o"},
     "norm": {"marker": "o", "mfc": "white", "ls": ":"},
     "linear": {"marker": "D", "ls": ""},
 }
 OTHER_STYLES: tuple[dict[str, Any], ...] = (
-    {"marker": "o"},
     {"marker": "s", "mfc": "white", "ls": "--"},
     {"marker": "^"},
     {"marker": "v", "mfc": "white", "ls": "-."},
+    {"marker": "P"},
 )
 EXTREME = 1e150  # ticks and margins of a wider axis overflow
 MOST_NAMES, LONGEST_NAME = 40, 24  # of layers that the axis names; it numbers more, or longer ones
@@ -38,14 +41,8 @@ MOST_NAMES, LONGEST_NAME = 40, 24  # of layers that the axis names; it numbers m
 
 def kind_styles(kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """matplotlib's line options for each type of layer, in the order in which types first come."""
-    found = list(dict.fromkeys(kinds))
-    others = [kind for kind in found if kind not in STYLES]
-    return {
-        kind: STYLES[kind]
-        if kind in STYLES
-        else OTHER_STYLES[others.index(kind) % len(OTHER_STYLES)]
-        for kind in found
-    }
+    others = cycle(OTHER_STYLES)
+    return {kind: STYLES.get(kind) or next(others) for kind in dict.fromkeys(kinds)}
 
 
 def _profiles(fi: Any, layers: int, name: str, count: str) -> np.ndarray:
@@ -106,7 +103,7 @@ def draw_layers(
     Returns:
         One line for each sample, for a legend.
     """
-    every = np.array(["layer"] * len(names) if kinds is None else list(kinds))
+    every = np.array([LAYER] * len(names) if kinds is None else list(kinds))
     styles = kind_styles(every.tolist())
     runs = [(np.flatnonzero(every == kind), style) for kind, style in styles.items()]
     axes.set_yscale("log")
