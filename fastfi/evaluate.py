@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastfi._checks import check_label_range, check_wrt
 from fastfi.classes import SortedClasses, sort_classes
-from fastfi.errors import OptionError
+from fastfi.errors import InputError, OptionError
 from fastfi.inverse import Damped, Exact, Inverse, as_inverse, damping, solve
-from fastfi.layers.grams import BlockGrams, Sweeper
-from fastfi.layers.parameters import Blocks, Parameters, blocks
-from fastfi.layers.trace import Plan
+from fastfi.layers.grams import BlockGrams
+from fastfi.layers.parameters import Parameters, blocks
+from fastfi.layers.sweeper import Sweeper
 from fastfi.model import forward
 from fastfi.objectives import Objective, logit_gradient
 from fastfi.rows import InputRows, gram_of
@@ -120,6 +120,11 @@ def evaluate(
             f"lump: expected None with assume_full_rank=True, which merges nothing, got {lump!r}"
         )
     check_wrt(wrt)
+    if wrt == "all" and isinstance(x, Tensor) and not x.is_floating_point():
+        raise InputError(
+            f"x: expected a floating-point tensor for wrt='all', which perturbs x too, got {x.dtype}; "
+            "wrt='params' takes integers"
+        )
     q = Request.checked(
         model, x, y, objective=objective, outputs=outputs, lump=lump, memory_budget=memory_budget,
         integers=wrt not in ("input", "all"),
@@ -157,39 +162,55 @@ def _of_parameters(
     if assume_full_rank:
         result = run_chunks(q, q.plan(FORWARD_CHUNK), lambda p: _full_rank_part(q, p, size))
         return result._replace(names=groups.names, closed_form=groups.names)
-    grams = Sweeper(q, parameters, groups, isinstance(rule, Damped) and not single, with_input)
-    closed = _closed(q, rule, grams.plan, groups)
-    proved = tuple(n for n, certain in zip(groups.names, closed, strict=True) if certain)
-    if single and all(closed):
-        result = run_chunks(q, q.plan(FORWARD_CHUNK), lambda p: _full_rank_part(q, p, size))
-        return result._replace(names=groups.names, closed_form=proved, unreached=grams.unreached)
+    grams = Sweeper(
+        q,
+        parameters,
+        groups,
+        total=isinstance(rule, Damped) and not single,
+        with_input=with_input,
+        closing=_may_close(q, rule),
+    )
 
     def work(data: BlockGrams, at: Tensor) -> Evaluation:
         c, y = data.classes, None if q.y is None else q.y[at]
-        tau = None
-        if isinstance(rule, Damped):
-            whole = data.gram[:, 0] if data.total is None else data.total
-            tau = damping(rule, whole, c.log_prob)
-        fi, rank = solve(rule, data.gram, c.log_prob, data.label, data.grad, data.rtol, tau)
-        if any(closed):
-            mask = torch.tensor(closed, device=fi.device)
-            full = sort_classes(c.logits, y, None) if c.lumped else c
-            whole_rank = _closed_form(full, q.objective, y)
-            assert whole_rank is not None
-            assert rank is not None
-            fi = torch.where(mask, whole_rank[:, None], fi)
-            contrasts = c.log_prob.isfinite().sum(1, keepdim=True) - 1  # fewer where lumped
-            rank = torch.where(mask, contrasts, rank)
+        fi = rank = tau = None
+        if data.gram is not None:
+            if isinstance(rule, Damped):
+                whole = data.gram[:, 0] if data.total is None else data.total
+                tau = damping(rule, whole, c.log_prob)
+            fi, rank = solve(rule, data.gram, c.log_prob, data.label, data.grad, data.rtol, tau)
+        if any(data.closed):
+            fi, rank = _with_closed(data, fi, rank, q.objective, y)
+        assert fi is not None
         if single:
             fi, rank = fi[:, 0], None if rank is None else rank[:, 0]
         return _part(fi, rank, c, y, data.dtype)
 
     result = sweep_chunks(q, grams.chunks(), grams, work)
-    return result._replace(names=groups.names, closed_form=proved, unreached=grams.unreached)
+    return result._replace(
+        names=groups.names, closed_form=grams.closed_form, unreached=grams.unreached
+    )
 
 
-def _closed(q: Request, rule: Inverse, plan: Plan, groups: Blocks) -> list[bool]:
-    """For which blocks the closed form is proved: those with the head's bias."""
+def _with_closed(
+    data: BlockGrams,
+    fi: Tensor | None,
+    rank: Tensor | None,
+    objective: str | Objective,
+    y: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """fi and rank [B, L], with the closed form in the blocks where it is proved."""
+    c = data.classes
+    full = sort_classes(c.logits, y, None) if c.lumped else c
+    closed_form = _closed_form(full, objective, y)
+    assert closed_form is not None
+    contrasts = c.log_prob.isfinite().sum(1, keepdim=True) - 1  # fewer where lumped
+    mask = torch.tensor(data.closed, device=c.logits.device)[None]  # [1, L]
+    fi = torch.where(mask, closed_form[:, None], 0.0 if fi is None else fi)
+    return fi, torch.where(mask, contrasts, 0 if rank is None else rank)
+
+
+def _may_close(q: Request, rule: Inverse) -> bool:
+    """Whether the closed form is what the rule would find at rank K - 1."""
     certain = q.objective == "cross_entropy" or (q.objective in _BALANCED and q.lump is None)
-    certain = certain and plan.head is not None and isinstance(rule, Exact)
-    return [certain and plan.head in members for members in groups.members]
+    return certain and isinstance(rule, Exact)

@@ -52,7 +52,7 @@ class ActivationMeter:
             self._seen[storage.data_ptr()] = storage.nbytes()
             self.total += storage.nbytes()
             self.largest = max(self.largest, storage.nbytes())
-        return t
+        return t.detach()  # t itself may be the output of the node that saves it: a cycle
 
     def __enter__(self) -> ActivationMeter:
         self._hooks.__enter__()

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastfi._checks import check_wrt
 from fastfi.inverse import Exact, solve
-from fastfi.layers.grams import BlockGrams, Sweeper
+from fastfi.layers.grams import BlockGrams
 from fastfi.layers.parameters import Parameters, blocks
+from fastfi.layers.sweeper import Sweeper
 from fastfi.rows import InputRows, gram_of
 from fastfi.sweep import Request, sweep, sweep_chunks
 
@@ -96,6 +97,7 @@ def check_rank(
     grams = Sweeper(q, parameters, groups, total=False, with_input=wrt == "all")
 
     def work(data: BlockGrams, at: Tensor) -> RankCheck:
+        assert data.gram is not None
         return RankCheck(groups.names, *_decide(data, data.gram, rule))
 
     return sweep_chunks(q, grams.chunks(), grams, work)

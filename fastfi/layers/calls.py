@@ -7,6 +7,7 @@ parameters are vector-Jacobian products of that module alone.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,8 +20,10 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastfi.layers.batching import Batching
+from fastfi.layers.graph import node_of
 from fastfi.layers.tape import Tape
 from fastfi.layers.uses import Kept, Tapped
+from fastfi.model import logits_of
 
 __all__ = ["Call", "tapped_modules"]
 
@@ -39,6 +42,7 @@ class Call(Tapped):
         outs: shapes of these leaves.
         loop: one sample after the other, because vmap cannot run the module.
         autocast: state of autocast when the call was made: enabled, dtype.
+        before: the nodes of its arguments.
     """
 
     what: str
@@ -50,6 +54,7 @@ class Call(Tapped):
     outs: Sequence[tuple[int, ...]]
     loop: bool
     autocast: tuple[bool, torch.dtype]
+    before: Sequence[Any] = ()
     batchings: Sequence[Batching | None] = field(default=(), init=False)
 
     @property
@@ -68,6 +73,9 @@ class Call(Tapped):
 
     def assign(self, batchings: Sequence[Batching | None]) -> None:
         self.batchings = batchings
+
+    def places(self) -> Sequence[Batching | None]:
+        return self.batchings[: len(self.outs)]
 
     def kept(self) -> list[Kept]:
         return self._tensors()
@@ -109,7 +117,7 @@ class Call(Tapped):
             enabled, dtype = self.autocast
             with torch.autocast(device, dtype=dtype, enabled=enabled):
                 out = functional_call(self.module, weights, args, kwargs)
-            flat = tree_flatten(out)[0]
+            flat = tree_flatten(out if self.what else logits_of(out))[0]
             return [flat[self.outputs_leaf(leaf)] for leaf in leaves]
 
         def sample(samples: Sequence[Tensor], cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -117,7 +125,7 @@ class Call(Tapped):
             return vmap(lambda *c: pull(list(c))[0])(*cotangents)
 
         cotangents = [d[leaf] for leaf in leaves]
-        with torch.enable_grad(), warnings.catch_warnings():
+        with torch.enable_grad(), warnings.catch_warnings(), _restored(self.module):
             # Operations that vmap runs sample by sample are slow, not wrong.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             if not self.loop:
@@ -158,26 +166,48 @@ def _each(
 
 
 @contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """What modules note on themselves during a call under torch.func is gone afterwards."""
+    held = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes, buffers in held:
+            for name in m.__dict__.keys() - attributes.keys():
+                del m.__dict__[name]
+            m.__dict__.update(attributes)
+            m._buffers.clear()
+            m._buffers.update(buffers)
+
+
+@contextmanager
 def tapped_modules(
     tape: Tape, calls: Mapping[nn.Module, tuple[str, Mapping[int, str]]], loops: frozenset[str]
 ) -> Iterator[None]:
-    """While it lasts, calls of these modules are noted as uses on the tape.
+    """While it lasts, calls of these modules in this thread are noted as uses on the tape.
 
     Args:
         calls: by module, its name and its parameters: names within it, by number.
         loops: names of the modules that vmap cannot run.
     """
-    arguments: dict[nn.Module, list[Any]] = {module: [] for module in calls}
+    thread = threading.get_ident()
+    begun: dict[nn.Module, list[Any]] = {module: [] for module in calls}
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         leaves, form = tree_flatten((args, kwargs))
+        nodes = [node_of(a) for a in leaves]
         # In-place operations inside the module may change its arguments.
         held = [Kept(a, True) if isinstance(a, Tensor) else a for a in leaves]
-        arguments[module].append((held, form))
+        begun[module].append((held, form, nodes))
 
     def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        held, form = arguments[module].pop()
-        leaves, shape = tree_flatten(out)
+        if threading.get_ident() != thread:
+            return out
+        held, form, nodes = begun[module].pop()
+        name, parameters = calls[module]
+        leaves, shape = tree_flatten(out if name else logits_of(out))
         outputs, outs = {}, []
         for i, t in enumerate(leaves):
             if isinstance(t, Tensor) and t.is_floating_point():
@@ -186,13 +216,14 @@ def tapped_modules(
                     outputs[edge] = i
                     outs.append(tuple(t.shape))
         if outputs:
-            name, parameters = calls[module]
             device = leaves[next(iter(outputs.values()))].device.type
             autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            loop = name in loops
-            tape.uses.append(
-                Call(name, module, parameters, held, form, outputs, outs, loop, autocast)
+            use = Call(
+                name, module, parameters, held, form, outputs, outs, name in loops, autocast, nodes
             )
+            tape.uses.append(use)
+        if not name and not isinstance(out, Tensor):
+            return out  # an object around the logits, which are not in need of a new tensor
         return tree_unflatten(leaves, shape)
 
     with ExitStack() as stack:

@@ -18,7 +18,7 @@ from fastfi.layers.uses import Convolution, Lookup, Outer, Pulled, Scaled, Use
 __all__ = ["GRADIENT_BYTES", "formed_grams", "in_storage", "parts", "spread"]
 
 # Of the gradients that are held at once.
-GRADIENT_BYTES = 64 << 20
+GRADIENT_BYTES = 256 << 20
 
 
 def in_storage(source: Source, g: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def formed_grams(
         else:
             assert isinstance(use, Use)
             sizes[use.source.root] = use.source.numel
-    each = 8 * sum(sizes.values())
+    each = 2 * 4 * sum(sizes.values())  # in float32, and a sum under way
     row_parts = parts(c.rows, each, GRADIENT_BYTES)
     step = len(range(*row_parts[0].indices(c.rows)))
     out = {

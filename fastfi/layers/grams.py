@@ -1,28 +1,24 @@
-"""A chunk's Gram matrices, block by block: a forward pass on a tape, and K - 1 backward passes."""
+"""Gram matrices of one chunk, block by block, from K - 1 backward passes through a trace."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastfi._checks import check_finite, check_label_range
+from fastfi._checks import check_finite
 from fastfi.classes import SortedClasses
-from fastfi.errors import OptionError
 from fastfi.inverse import default_rtol
 from fastfi.layers.cotangents import Cotangents
-from fastfi.layers.parameters import Blocks, Parameters
-from fastfi.layers.plan import plan_for
+from fastfi.layers.parameters import Blocks
 from fastfi.layers.products import root_grams
-from fastfi.layers.trace import Stale, Trace, assign, trace
-from fastfi.memory import ChunkPlan, Footprint
-from fastfi.rows import Contrasts, contrasts
-from fastfi.sweep import Request
+from fastfi.layers.trace import Stale, Trace
+from fastfi.layers.uses import Tapped
 
-__all__ = ["BlockGrams", "Sweeper"]
+__all__ = ["BlockGrams", "Products"]
 
 
 @dataclass(frozen=True)
@@ -30,21 +26,23 @@ class BlockGrams:
     """Gram matrices of one chunk's rows, and what the solves need beside them.
 
     Attributes:
-        gram: [B, L, n, n] float64, one for each block.
+        gram: [B, L, n, n] float64, one for each block; None where all are closed.
         total: [B, n, n], of all parameters (and the input, where that is perturbed too); None where
             it was not asked for.
         classes, label, grad: as in :class:`fastfi.rows.Contrasts`.
         dtype: of the model's logits.
         eps: of the rows' precision.
+        closed: for each block, whether its rank is proved to be K - 1.
     """
 
-    gram: Tensor
+    gram: Tensor | None
     total: Tensor | None
     classes: SortedClasses
     label: Tensor | None
     grad: Tensor | None
     dtype: torch.dtype
     eps: float
+    closed: tuple[bool, ...]
 
     @property
     def rtol(self) -> float:
@@ -78,112 +76,63 @@ def _row_pairs(n: int, size: int, device: torch.device) -> list[_RowPair]:
     return pairs
 
 
-class Sweeper:
-    """Computes :class:`BlockGrams` for chunks of a request.
+class Products:
+    """Sums the Gram matrices of parameters into those of blocks.
 
     Args:
-        q: the request.
-        parameters, blocks: whose influence is wanted.
+        blocks: of parameters; and of the input, where ``with_input``, every one.
+        parameters: how many there are.
         total: whether the sum over all parameters is wanted too.
         with_input: whether the input is perturbed together with the parameters.
     """
 
-    def __init__(
-        self,
-        q: Request,
-        parameters: Parameters,
-        blocks: Blocks,
-        total: bool,
-        with_input: bool,
-    ) -> None:
-        self.q, self.parameters, self.blocks = q, parameters, blocks
+    def __init__(self, blocks: Blocks, parameters: int, total: bool, with_input: bool) -> None:
+        self.count = len(blocks.names)
         self.total, self.with_input = total, with_input
-        self.plan = plan_for(parameters, q.x, q.outputs)
-        self.columns: list[list[int]] = [[] for _ in parameters.tensors]
+        self.columns: list[list[int]] = [[] for _ in range(parameters)]
         for column, members in enumerate(blocks.members):
             for root in members:
                 self.columns[root].append(column)
 
-    @property
-    def unreached(self) -> tuple[str, ...]:
-        """Names of the perturbed parameters that do not reach the logits."""
-        lost = [r for r in sorted(self.plan.unreached) if self.columns[r]]
-        return tuple(self.parameters.names[r] for r in lost)
+    def __call__(
+        self, t: Trace, n: int, cotangent: Callable[[int], Tensor], at_once: int, suspicious: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gram matrices [B, L, n, n] of the blocks, and [B, n, n] of all parameters.
 
-    def chunks(self) -> ChunkPlan:
-        """Chunk sizes by what the plan has measured."""
-        plan = self.q.plan(variant=("parameters", self.with_input, self.total))
-        n = self._most_rows()
-        grams = 8 * n * n * (len(self.blocks.names) + 2)
-        rows = n * (self.plan.held + self._input_bytes()) + grams
-        plan.use(Footprint(self.plan.saved, self.plan.largest, rows))
-        self._budget = plan.budget
-        return plan
+        Args:
+            n: rows.
+            cotangent: of the logits, [B, K], by row.
+            at_once: how many rows' cotangents fit the memory.
+            suspicious: make sure that every sample's part of each cotangent is its own.
 
-    def _most_rows(self) -> int:
-        n = self.plan.classes
-        return n if self.q.lump is None else min(n, 32)
-
-    def _input_bytes(self) -> int:
-        return self.q.x[0].nbytes if self.with_input else 0
-
-    def _rows_at_once(self, batch: int, n: int) -> int:
-        """How many rows' cotangents fit the budget beside the activations."""
-        each = batch * (self.plan.held + self._input_bytes())
-        left = self._budget - 2 * self.plan.saved * batch
-        return n if n * each <= left else max(2, left // max(1, each))
-
-    def __call__(self, x: Tensor, part: slice, y: Tensor | None) -> BlockGrams:
-        """The chunk ``part`` of x [B, ...] and labels y [B]."""
-        try:
-            return self._chunk(x[part], y, part, strict=True)
-        except Stale:
-            # Other operations than in the samples planned on: a new plan from these.
-            self.plan = plan_for(self.parameters, x[part], self.q.outputs, fresh=True)
-        try:
-            # The shapes may depend on the samples: texts cut to the longest of the batch.
-            return self._chunk(x[part], y, part, strict=False)
-        except Stale as stale:
-            raise _unsteady() from stale
-
-    def _chunk(self, x: Tensor, y: Tensor | None, part: slice, strict: bool) -> BlockGrams:
-        q = self.q
-        t = trace(self.parameters, x, q.outputs, self.plan, to_input=self.with_input)
+        Raises:
+            Stale: it is not.
+            NonFiniteError: a gradient is not finite.
+        """
         z = t.recorded.z
-        assign(t, self.plan, strict)
-        check_label_range(y, z.shape[1])
-        with (
-            torch.inference_mode(False),
-            torch.autocast(z.device.type, enabled=False),
-            torch.no_grad(),
-        ):
-            c = contrasts(z, None if y is None else y[part], q.objective, q.lump)
-            gram, total = self._products(t, c)
-        eps = torch.finfo(self.parameters.dtype).eps
-        return BlockGrams(gram, total, c.classes, c.label, c.grad, z.dtype, eps)
-
-    def _products(self, t: Trace, c: Contrasts) -> tuple[Tensor, Tensor | None]:
-        """The blocks' Gram matrices, and the total one."""
-        z, n = t.recorded.z, c.count
-        batch, count = len(z), len(self.blocks.names)
         # One more block for the total.
-        gram = z.new_zeros(batch, count + self.total, n, n, dtype=torch.float64)
-        pairs = _row_pairs(n, self._rows_at_once(batch, n), z.device)
+        gram = z.new_zeros(len(z), self.count + self.total, n, n, dtype=torch.float64)
+        pairs = _row_pairs(n, at_once, z.device)
         for number, (rows, new) in enumerate(pairs):
             part = gram if new is None else gram.new_zeros(*gram.shape[:2], len(rows), len(rows))
-            for columns, found in self._grams(t, c, rows, number + 1 == len(pairs)):
+            last, check = number + 1 == len(pairs), suspicious and number == 0
+            for columns, found in self._grams(t, cotangent, rows, last, check):
                 for column in columns:
                     part[:, column] += found
             if new is not None:
                 at = torch.tensor(rows, device=z.device)
                 gram[:, :, at[:, None], at] += part * new
         squares = gram.diagonal(dim1=2, dim2=3)
-        what = "gradients of the logits with respect to the parameters"
-        check_finite(squares, "model", what)
-        return gram[:, :count], gram[:, count] if self.total else None
+        check_finite(squares, "model", "gradients of the logits with respect to the parameters")
+        return gram[:, : self.count], gram[:, self.count] if self.total else None
 
     def _grams(
-        self, t: Trace, c: Contrasts, rows: Sequence[int], last: bool
+        self,
+        t: Trace,
+        cotangent: Callable[[int], Tensor],
+        rows: Sequence[int],
+        last: bool,
+        suspicious: bool,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """(blocks, N [B, rows, rows]) for every parameter, and for the input."""
         z, leaf = t.recorded.z, t.recorded.leaf
@@ -194,26 +143,57 @@ class Sweeper:
         to_input = leaf.new_empty(len(rows) if self.with_input else 0, *leaf.shape)
         inputs: list[Any] = [t.tape.edges[e] for e in used] + [leaf] * self.with_input
         grads: list[Tensor | None] = [None] * len(t.tape.edges)
+        if not inputs:
+            return
         for i, row in enumerate(rows):
-            keep = not (last and i + 1 == len(rows))
-            d = c.cotangent(row).to(z.dtype)
+            keep = suspicious or not (last and i + 1 == len(rows))
+            d = cotangent(row).to(z.dtype)
             found = torch.autograd.grad(z, inputs, d, retain_graph=keep, allow_unused=True)
             for edge, g in zip(used, found, strict=False):
                 grads[edge] = g
+            if suspicious:
+                _check_places(t, uses, used, inputs, grads, d)
+                suspicious = False
             gathered.take(i, grads)
             if self.with_input:
                 to_input[i] = 0 if found[-1] is None else found[-1]
         del grads, found
-        everywhere = len(self.blocks.names)
+        everywhere = [self.count] * self.total
         for root, n in root_grams(gathered):
-            yield self.columns[root] + [everywhere] * self.total, n
+            yield self.columns[root] + everywhere, n
         if self.with_input:
             n = torch.ops.fastfi.gram(to_input.transpose(0, 1).flatten(2))
-            yield [*range(everywhere)] + [everywhere] * self.total, n
+            yield [*range(self.count), *everywhere], n
 
 
-def _unsteady() -> OptionError:
-    return OptionError(
-        "model: expected the same operations on the parameters for every batch, got others in two "
-        "passes over the same samples"
+def _check_places(
+    t: Trace,
+    uses: Sequence[Tapped],
+    used: Sequence[int],
+    inputs: Sequence[Any],
+    grads: Sequence[Tensor | None],
+    d: Tensor,
+) -> None:
+    """Stale unless scaling each sample's logits scales what is taken for its part of every
+    cotangent, and nothing else: one backward pass more, for models in which values decide where
+    entries go."""
+    batch = len(d)
+    scale = 1.0 + (0.6180339887 * torch.arange(1, batch + 1, device=d.device)) % 1.0
+    scale = scale.to(d.dtype)
+    scaled = torch.autograd.grad(
+        t.recorded.z, inputs, d * scale[:, None], retain_graph=True, allow_unused=True
     )
+    other = dict(zip(used, scaled, strict=False))
+    for use in uses:
+        for edge, batching in zip(use.edges, use.places(), strict=True):
+            one, two = grads[edge], other[edge]
+            if one is None or two is None:
+                continue
+            if batching is None:
+                raise Stale
+            a, b = (batching.split(v, batch).flatten(1) for v in (one, two))
+            size = b.abs().amax(1)
+            error = (b - a * scale.to(a)[:, None]).abs().amax(1)
+            tolerance = max(1e-3, 30 * torch.finfo(a.dtype).eps)
+            if bool((error > tolerance * size + 1e-6 * size.amax()).any()):
+                raise Stale

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from fastfi.errors import OptionError
 
@@ -63,6 +64,16 @@ class Parameters:
         # All names, those of tied and frozen parameters too.
         self._all = list(module.named_parameters(remove_duplicate=False))
         for name, p in trainable:
+            if isinstance(p, UninitializedParameter):
+                raise OptionError(
+                    f"wrt: expected initialised parameters, got {name}, which waits for a first "
+                    "forward pass"
+                )
+            if p.is_inference():
+                raise OptionError(
+                    f"wrt: expected parameters that autograd can track, got {name}, which was made "
+                    "under torch.inference_mode()"
+                )
             if not (p.is_floating_point() and p.layout == torch.strided):
                 raise OptionError(f"wrt: expected dense real parameters, got {p.dtype} {name}")
 
@@ -72,8 +83,16 @@ class Parameters:
         return max((p.dtype for p in self.tensors), key=lambda t: torch.finfo(t).eps)
 
     def key(self) -> tuple[Any, ...]:
-        """Changes when parameters are replaced, frozen or thawed."""
-        return tuple(id(p) for p in self.tensors)
+        """Changes when parameters are replaced, frozen or thawed, and with the method called."""
+        return getattr(self.model, "__func__", None), tuple(id(p) for p in self.tensors)
+
+    def watched(self) -> dict[int, int]:
+        """Numbers, by id."""
+        return self._number
+
+    def submodule(self, name: str) -> nn.Module:
+        """The module of that name; "" is the model."""
+        return self.module.get_submodule(name) if name else self.module
 
     def constants(self) -> Iterable[Tensor]:
         """Frozen parameters and buffers."""
@@ -81,9 +100,16 @@ class Parameters:
         yield from self.module.buffers()
 
     def around(self, root: int) -> list[str]:
-        """Names of the modules that contain a parameter, the innermost first."""
+        """Names of the modules that contain a parameter, the innermost first, and that torch.func
+        can call with other parameters: not TorchScript's."""
         path = self.names[root].split(".")[:-1]
-        return [".".join(path[:i]) for i in range(len(path), -1, -1)]
+        names, module = [], self.module
+        for i in range(len(path) + 1):
+            if isinstance(module, torch.jit.ScriptModule):
+                break
+            names.append(".".join(path[:i]))
+            module = getattr(module, path[i]) if i < len(path) else module
+        return names[::-1]
 
     def within(self, module: str, roots: Sequence[int]) -> dict[int, str]:
         """Names of parameters within a module that contains them."""
@@ -136,6 +162,9 @@ class Parameters:
         return numbers
 
     def _unknown(self, name: str) -> None:
+        if name in ("input", "params", "all", "layers"):
+            raise OptionError(f"wrt: expected names of modules or parameters, got {name!r} in a "
+                              f"list; did you mean wrt={name!r}?")  # fmt: skip
         modules = dict(self.module.named_modules())
         if name in modules and name:
             raise OptionError(f"wrt: expected a module with parameters, got {name!r}, without any")

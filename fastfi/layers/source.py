@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["Source", "disjoint"]
+__all__ = ["Source"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,9 @@ class Source:
     Attributes:
         root: the parameter's number.
         numel: of the parameter.
-        offset, shape, stride: of the view, in the parameter's own storage, which the parameter
-            fills without gaps.
+        offset, shape, stride: of the view, in the parameter's own storage.
+        gaps: shape and stride of a parameter that does not fill its storage (a slice of a larger
+            tensor), else None.
     """
 
     root: int
@@ -27,16 +28,19 @@ class Source:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    gaps: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @staticmethod
     def of(root: int, parameter: Tensor, view: Tensor) -> Source:
         """The view must share the parameter's storage."""
         offset = int(view.storage_offset() - parameter.storage_offset())
-        return Source(root, parameter.numel(), offset, tuple(view.shape), view.stride())
+        own = tuple(parameter.shape), parameter.stride()
+        return Source(root, parameter.numel(), offset, tuple(view.shape), view.stride(),
+                      None if _fills(*own) else own)  # fmt: skip
 
     def transposed(self) -> Source:
         """Of a matrix view."""
-        return Source(self.root, self.numel, self.offset, self.shape[::-1], self.stride[::-1])
+        return replace(self, shape=self.shape[::-1], stride=self.stride[::-1])
 
     @property
     def size(self) -> int:
@@ -46,6 +50,8 @@ class Source:
     @property
     def in_order(self) -> bool:
         """Whether the view is the whole parameter, entry by entry as it lies in memory."""
+        if self.gaps is not None:
+            return self.offset == 0 and (self.shape, self.stride) == self.gaps
         expected, ok = 1, self.offset == 0 and self.size == self.numel
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             ok = ok and (size == 1 or stride == expected)
@@ -59,10 +65,30 @@ class Source:
 
     def positions(self) -> Tensor:
         """Where each entry of the view lies in the parameter: int64 [size]."""
-        at = torch.tensor(self.offset)
-        for size, stride in zip(self.shape, self.stride, strict=True):
-            at = at[..., None] + stride * torch.arange(size)
-        return at.flatten()
+        at = _positions(self.offset, self.shape, self.stride)
+        if self.gaps is None:
+            return at
+        own = _positions(0, *self.gaps)  # in the storage, of the parameter's entries in turn
+        number = torch.full((int(own.max()) + 1,), -1)
+        number[own] = torch.arange(len(own))
+        return number[at]
+
+
+def _positions(offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    at = torch.tensor(offset)
+    for size, step in zip(shape, stride, strict=True):
+        at = at[..., None] + step * torch.arange(size)
+    return at.flatten()
+
+
+def _fills(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether a tensor fills its part of the storage, in any order of its dimensions."""
+    expected = 1
+    for step, size in sorted((t, s) for s, t in zip(shape, stride, strict=True) if s != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
 
 
 @lru_cache(maxsize=1024)
@@ -70,11 +96,4 @@ def _injective(source: Source) -> bool:
     if source.in_order:
         return True
     at = source.positions()
-    return len(at.unique()) == len(at)
-
-
-@lru_cache(maxsize=1024)
-def disjoint(sources: tuple[Source, ...]) -> bool:
-    """Whether no two views of one parameter share an entry."""
-    at = torch.cat([s.positions() for s in sources])
     return len(at.unique()) == len(at)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from fastfi.layers.graph import node_of
 from fastfi.layers.source import Source
 from fastfi.layers.uses import Kept, Pulled, Scaled, Tapped
 
@@ -46,6 +47,27 @@ class _Derived(NamedTuple):
 
 
 _CONSTANT = _Derived(frozenset())
+
+# Functions that change the order of dimensions, by their other arguments.
+_REORDERING = frozenset(
+    ["permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "flip", "roll"]
+)
+# Functions whose outputs' places depend on values: of an index, or of what is sorted.
+_INDEXING = {
+    *("__getitem__", "__setitem__", "index_select", "gather", "take", "take_along_dim"),
+    *("index_put", "index_put_", "index_copy", "index_copy_", "index_add", "index_add_"),
+    *("scatter", "scatter_", "scatter_add", "scatter_add_", "masked_select", "masked_scatter"),
+    *("masked_scatter_", "nonzero", "argsort", "sort", "topk", "unique", "unique_consecutive"),
+    "_pack_padded_sequence",
+}
+
+
+def _index(name: str, args: Sequence[Any]) -> Sequence[Any]:
+    """The arguments that decide the places."""
+    if name in ("__getitem__", "__setitem__"):
+        return args[1] if isinstance(args[1], tuple) else args[1:2]
+    return args if name in ("nonzero", "argsort", "sort", "topk") else args[1:]
+
 
 # Functions of torch.nn.functional, written in Python, that call others with parameters.
 _TRANSPARENT = frozenset({nn.functional.multi_head_attention_forward})
@@ -81,6 +103,9 @@ class Tape(TorchFunctionMode):
 
     Attributes:
         edges: the outputs whose cotangents the uses need.
+        before: for each edge, the nodes of the operation's other inputs.
+        path: changes with the functions that the model calls, and with the order of dimensions.
+        indexed: whether the model's values decided which entries go where.
         uses: in the order of execution.
         unruled: parameters with an operation that has no rule, and its name.
     """
@@ -96,6 +121,9 @@ class Tape(TorchFunctionMode):
         self.parameters, self._rules = parameters, rules
         self.choices = choices
         self.edges: list[GradientEdge] = []
+        self.before: list[list[Any]] = []
+        self.path = 0
+        self.indexed = False
         self.uses: list[Tapped] = []
         self.unruled: dict[int, str] = {}
         # By id; the tensors are held, so that no id is used again.
@@ -137,15 +165,20 @@ class Tape(TorchFunctionMode):
         """Names an operation on parameters alone, whatever the batch is."""
         return func.__name__, self.roots(values), tuple(shape)
 
-    def edge(self, out: Tensor) -> tuple[Tensor, int | None]:
+    def edge(self, out: Tensor, *inputs: Any) -> tuple[Tensor, int | None]:
         """Taps an operation's output: the output to go on with, and the edge's number, or None
-        where no gradient flows (under no_grad)."""
-        if not out.requires_grad:
+        where no gradient flows (under no_grad).
+
+        Args:
+            inputs: what the operation read beside the parameters that it is tapped for.
+        """
+        if not (out.requires_grad and torch.is_grad_enabled()):
             return out, None
         if out._is_view():
             # An in-place operation on a view rewrites the graph before it.
             out = torch.ops.aten._unsafe_view(out, out.shape)
         self.edges.append(get_gradient_edge(out))
+        self.before.append([node_of(t) for t in inputs if not self.roots([t])])
         return out, len(self.edges) - 1
 
     def keep(self, t: Tensor) -> Kept:
@@ -165,14 +198,32 @@ class Tape(TorchFunctionMode):
         else:
             self.uses.append(Scaled(what, source, *place))
 
+    def forget(self, t: Tensor) -> None:
+        """A tensor that was constant was written to: neither it nor its views are, any more."""
+        storage = t.untyped_storage().data_ptr()
+        stale = [
+            key
+            for key, (known, what) in self._known.items()
+            if not isinstance(what, Source) and known.untyped_storage().data_ptr() == storage
+        ]
+        for key in stale:
+            del self._known[key]
+
     def note(self, func: Any, values: Sequence[Any], out: Any) -> None:
         """Follows what becomes of parameters outside of the rules."""
         arguments = tensors(values)
         roots = self.roots(values)
-        activations = [t for t in arguments if self.what(t) is None]
-        outputs = [t for t in tensors([out]) if not any(t is a for a in arguments)]
-        if activations:
-            if outputs and roots and any(t.is_floating_point() for t in outputs):
+        mixed = any(self.what(t) is None for t in arguments)
+        outputs = tensors([out])
+        # Written to in place: x.add_(...) returns x, x[...] = ... nothing.
+        written = [t for t in arguments[:1] if out is t or func.__name__ == "__setitem__"]
+        for t in written:
+            if self.source(t) is None:
+                self.forget(t)
+                outputs = [t]
+        outputs = [t for t in outputs if not (self.source(t) and any(t is w for w in written))]
+        if mixed:
+            if roots and any(t.is_floating_point() for t in outputs):
                 for root in roots:
                     self.unruled.setdefault(root, getattr(func, "__name__", str(func)))
             return
@@ -184,6 +235,16 @@ class Tape(TorchFunctionMode):
             else:
                 self._know(t, _Derived(roots))
 
+    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """The path, and whether values decide it."""
+        name = func.__name__
+        if name == "__get__":
+            return
+        order = repr(args[1:]) + repr(kwargs) if name in _REORDERING else ""
+        self.path = hash((self.path, name, order))
+        if name in _INDEXING and any(self.what(t) is None for t in tensors(_index(name, args))):
+            self.indexed = True
+
     def __torch_function__(
         self,
         func: Any,
@@ -192,6 +253,7 @@ class Tape(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self._follow(func, args, kwargs)
         if func in _TRANSPARENT:
             with self:
                 return _open(func)(*args, **kwargs)

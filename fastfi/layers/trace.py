@@ -7,18 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fastfi.layers.batching import Batching
-from fastfi.layers.calls import tapped_modules
+from fastfi.layers.calls import Call, tapped_modules
+from fastfi.layers.graph import reached
 from fastfi.layers.parameters import Parameters
-from fastfi.layers.rules import RULES
+from fastfi.layers.rules import AFFINE, RULES
 from fastfi.layers.tape import Choices, Tape
-from fastfi.layers.uses import Tapped
+from fastfi.layers.uses import Scaled, Tapped
 from fastfi.memory import ActivationMeter
 from fastfi.model import logits_of
 from fastfi.rows import Recorded, record
 
-__all__ = ["PLANNED_ON", "Plan", "Stale", "Trace", "assign", "signature", "trace"]
+__all__ = ["PLANNED_ON", "Plan", "Stale", "Trace", "account", "assign", "head_of", "signature"]
+__all__ += ["trace"]
 
 PLANNED_ON = 3  # samples
 
@@ -38,11 +41,11 @@ class Plan:
         uses: of each use in turn: operation, parameters.
         batchings: of each use's tensors.
         shapes: of these tensors, for three samples.
-        unreached: parameters that do not reach the logits.
-        head: the parameter that is proved to be the logits' own bias, or None.
         classes: K.
         saved, largest: bytes that autograd saves for a sample, in all and in its largest storage.
-        held: bytes of the cotangents that one row of one sample keeps.
+        held: bytes of the cotangents and gradients that one row of one sample keeps.
+        path: see :class:`Tape`.
+        unclear: whether where the samples lie could not be told for certain.
     """
 
     choices: Choices = field(default_factory=Choices)
@@ -51,12 +54,12 @@ class Plan:
     uses: tuple[Any, ...] = ()
     batchings: tuple[Sequence[Batching | None], ...] = ()
     shapes: tuple[Sequence[tuple[int, ...]], ...] = ()
-    unreached: frozenset[int] = frozenset()
-    head: int | None = None
     classes: int = 0
     saved: int = 0
     largest: int = 0
     held: int = 0
+    path: int = 0
+    unclear: bool = False
 
 
 @dataclass
@@ -99,7 +102,7 @@ def trace(
 
     calls = {}
     for name, roots in plan.calls.items():
-        calls[parameters.module.get_submodule(name)] = (name, parameters.within(name, roots))
+        calls[parameters.submodule(name)] = (name, parameters.within(name, roots))
     with tapped_modules(tape, calls, plan.loops), tape:
         recorded = record(model, x, outputs, meter, to_input=to_input)
     return Trace(recorded, tape, raw[-1])
@@ -113,7 +116,8 @@ def assign(t: Trace, plan: Plan, strict: bool) -> None:
     """Gives each use the batchings of the plan.
 
     Args:
-        strict: whether tensors must have the plan's shapes, but for the number of samples.
+        strict: whether the model must take the plan's path, and tensors must have its shapes, but
+            for the number of samples.
 
     Raises:
         Stale: the uses are others.
@@ -121,6 +125,8 @@ def assign(t: Trace, plan: Plan, strict: bool) -> None:
     batch = t.recorded.z.shape[0]
     uses = t.tape.uses
     if tuple(map(signature, uses)) != plan.uses or t.tape.unruled:
+        raise Stale
+    if strict and t.tape.path != plan.path:
         raise Stale
     for use, batchings, shapes in zip(uses, plan.batchings, plan.shapes, strict=True):
         for shape, b, expected in zip(use.shapes(), batchings, shapes, strict=True):
@@ -135,3 +141,52 @@ def assign(t: Trace, plan: Plan, strict: bool) -> None:
         use.assign(batchings)
         if any(k.overwritten for k in use.kept()):
             raise Stale
+
+
+def account(t: Trace, parameters: Parameters, plan: Plan) -> tuple[frozenset[int], frozenset[int]]:
+    """Whether the uses explain every way from the logits to a parameter, by the graph alone.
+
+    Returns:
+        Numbers of parameters with a way that no use explains; of those that the logits reach.
+    """
+    end, watched = t.recorded.z.grad_fn, parameters.watched()
+    calls: dict[str, list[Call]] = {}
+    for use in t.tape.uses:
+        if isinstance(use, Call):
+            calls.setdefault(use.what, []).append(use)
+    inside = {e for group in calls.values() for use in group for e in use.edges}
+    nodes = [edge.node for edge in t.tape.edges]
+    ruled = {n: b for i, (n, b) in enumerate(zip(nodes, t.tape.before, strict=True))
+             if i not in inside}  # fmt: skip
+    by_use: dict[Any, set[int]] = {}
+    for use in t.tape.uses:
+        for e in use.edges:
+            by_use.setdefault(nodes[e], set()).update(use.roots)
+    found, taken = reached(end, ruled, watched)
+    covered = plan.choices.in_calls
+    missed = found - covered
+    there = found | {root for n in taken for root in by_use.get(n, ())}
+    for name, roots in plan.calls.items():
+        # The module's parameters, when its calls are passed by.
+        around = {nodes[e]: use.before for use in calls.get(name, []) for e in use.edges}
+        missed |= reached(end, around, watched)[0] & set(roots)
+    return frozenset(missed), frozenset(there)
+
+
+def head_of(t: Trace, outputs: str) -> int | None:
+    """The parameter b of which the logits are W x + b: they are the very output of an affine map,
+    and nothing else uses b. Then dz/db = I, whatever comes before. None if there is none."""
+    if outputs != "logits" or not t.raw.requires_grad:
+        return None
+    end = get_gradient_edge(t.raw)
+    used = [use.roots for use in t.tape.uses]
+    for use in t.tape.uses:
+        if not isinstance(use, Scaled) or use.what != AFFINE or len(use.out) != 2:
+            continue
+        edge, source = t.tape.edges[use.edge], use.source
+        ends_here = edge.node is end.node and edge.output_nr == end.output_nr
+        whole = source.in_order and source.numel == use.out[1]
+        alone = sum(source.root in roots for roots in used) == 1
+        if ends_here and whole and alone and use.out[0] == len(t.recorded.z):
+            return source.root
+    return None

@@ -72,6 +72,10 @@ class Tapped(ABC):
     def assign(self, batchings: Sequence[Batching | None]) -> None:
         """Takes the batchings of those tensors."""
 
+    @abstractmethod
+    def places(self) -> Sequence[Batching | None]:
+        """The batchings of the edges, in their order."""
+
     def kept(self) -> list[Kept]:
         """The activations that must not have been overwritten."""
         return []
@@ -105,6 +109,9 @@ class Use(Tapped):
 
     def shapes(self) -> list[tuple[int, ...]]:
         return [self.out]
+
+    def places(self) -> Sequence[Batching | None]:
+        return [self.batching]
 
     def assign(self, batchings: Sequence[Batching | None]) -> None:
         if batchings[0] is not None:  # None where no cotangent comes

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastfi.errors import OptionError
-from fastfi.layers.grams import BlockGrams, Sweeper
+from fastfi.layers.grams import BlockGrams
 from fastfi.layers.parameters import Blocks, Parameters
+from fastfi.layers.sweeper import Sweeper
 from fastfi.rows import record
 from fastfi.sweep import Request, run_chunks
 
@@ -117,8 +118,9 @@ def verify(
 
     def run(part: slice) -> _Errors:
         data: BlockGrams = grams(q.x, part, None)
-        n = data.gram.shape[-1]
+        assert data.gram is not None
         assert data.total is not None
+        n = data.gram.shape[-1]
         # Gradients that cancel, such as those of the keys' bias in attention, are rounding noise.
         noise = (100 * eps) ** 2 * torch.linalg.matrix_norm(data.total)
         errors = []

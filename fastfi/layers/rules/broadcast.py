@@ -28,17 +28,24 @@ def _broadcast(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
     if constant or tape.key(func, values, shape) in tape.choices.constant:
         return NotImplemented
 
+    others = [t for t in given if t.dim() > 0]
+
     def spread(t: Any) -> Any:
-        roots = tape.roots([t])
-        if not roots:
+        if not tape.roots([t]):
             return t
-        full, edge = tape.edge(t.expand(shape) if t.shape != shape else t.view(shape))
+        full = t
+        if t.dim() == 0 and others:  # which does not take part in type promotion
+            full = t.to(torch.result_type(others[0], t))
+        full, edge = tape.edge(full.expand(shape) if t.shape != shape else full.view(shape))
         if edge is not None:
             aligned = (1,) * (len(shape) - t.dim()) + tuple(t.shape)
             tape.add_scaled(func.__name__, t, edge, shape, aligned)
         return full
 
-    return func(*map(spread, args), **{name: spread(t) for name, t in kwargs.items()})
+    out = func(*map(spread, args), **{name: spread(t) for name, t in kwargs.items()})
+    if out is args[0]:
+        tape.forget(out)
+    return out
 
 
 @rule("expand", "expand_as", "repeat", "broadcast_to", "tile")

@@ -21,7 +21,7 @@ def _linear(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     if source is not None and not source.injective:
         return NotImplemented
     kept = None if source is None else tape.keep(x)
-    out, edge = tape.edge(func(*args, **kwargs))
+    out, edge = tape.edge(func(*args, **kwargs), x, w, b)
     if edge is None:
         return out
     if source is not None:
@@ -41,7 +41,7 @@ def _matmul(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     if source is None or len(source.shape) != 2 or x.dim() < 2 or not source.injective:
         return NotImplemented
     kept = tape.keep(x)
-    out, edge = tape.edge(func(x, w))
+    out, edge = tape.edge(func(x, w), x)
     if edge is not None:
         kept = cast(kept, out)
         use = Outer("matmul", source.transposed(), edge, tuple(out.shape), kept)
@@ -60,7 +60,7 @@ def _addmm(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     if b.dim() != 1:
         return NotImplemented
     kept = None if source is None else tape.keep(x)
-    out, edge = tape.edge(func(*args))
+    out, edge = tape.edge(func(*args), x, w, b)
     if edge is None:
         return out
     if source is not None:
@@ -94,7 +94,7 @@ def _convolution(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[str
     if any(e >= s for e in extra for s in form.stride):
         return NotImplemented  # an output longer than the patches reach
     kept = None if source is None else tape.keep(padded)
-    out, edge = tape.edge(func(*args, **kwargs))
+    out, edge = tape.edge(func(*args, **kwargs), x, w, b)
     if edge is None:
         return out
     if source is not None:

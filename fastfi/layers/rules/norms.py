@@ -28,7 +28,7 @@ def _norm(
         return NotImplemented
     w, b = tape.source(weight), tape.source(bias)
     kept = None if w is None else tape.keep(x)
-    out, edge = tape.edge(run())
+    out, edge = tape.edge(run(), x, weight, bias)
     if edge is None:
         return out
     if w is not None:

@@ -41,7 +41,7 @@ def _embedding_bag(tape: Tape, func: Any, args: Sequence[Any], kwargs: Mapping[s
         return NotImplemented
     assert source is not None
     kept = tape.keep(index)
-    out, edge = tape.edge(func(*args, **kwargs))
+    out, edge = tape.edge(func(*args, **kwargs), weight)
     if edge is None:
         return out
     with torch.no_grad():
