@@ -129,12 +129,21 @@ void ghost(std::uintptr_t x, bool x_double, const std::vector<int64_t>& x_shape,
   fastfi::run_ghost(table, p, threads);
 }
 
-void channel_sums(std::uintptr_t d, std::uintptr_t factor, bool is_double, int64_t count,
-                  int64_t positions, std::uintptr_t out, int threads, const std::string& isa) {
-  fastfi::run_sums(table_named(isa),
-                   {at<const void>(d), at<const void>(factor), is_double, count, positions,
-                    at<void>(out)},
-                   threads);
+void channel_sums(const std::vector<std::uintptr_t>& d, const std::vector<std::uintptr_t>& factor,
+                  const std::vector<int64_t>& channels, const std::vector<int64_t>& positions,
+                  bool is_double, int64_t batch, std::uintptr_t out, int threads,
+                  const std::string& isa) {
+  std::vector<fastfi::SumsItem> items;
+  int64_t columns = 0;
+  for (std::size_t i = 0; i < d.size(); ++i) {
+    items.push_back({at<const void>(d.at(i)), at<const void>(factor.at(i)), channels.at(i),
+                     positions.at(i), columns});
+    columns += 2 * channels.at(i);
+  }
+  fastfi::run_sums(
+      table_named(isa),
+      {items.data(), static_cast<int64_t>(items.size()), batch, is_double, at<void>(out), columns},
+      threads);
 }
 
 py::list instruction_sets() {

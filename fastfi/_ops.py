@@ -67,7 +67,7 @@ torch.library.define(
     "(Tensor x, Tensor[] d, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
     "bool ghost) -> Tensor",
 )
-torch.library.define("fastfi::channel_sums", "(Tensor d, Tensor factor) -> Tensor")
+torch.library.define("fastfi::channel_sums", "(Tensor[] d, Tensor[] factor) -> Tensor")
 
 _ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -213,12 +213,25 @@ def check_conv_gram(
     _check(ok, op, f"{expected}, O divided by {groups} groups", "each of d", d[0])
 
 
-def check_channel_sums(d: Tensor, factor: Tensor) -> None:
-    """Raises ValueError unless both are [N, T], of one dtype."""
-    _check(d.dim() == 2 and d.dtype in _ROW_DTYPES, "channel_sums", "[N, T]", "d", d)
-    ok = factor.shape == d.shape and factor.dtype == d.dtype and factor.device == d.device
-    expected = f"{d.dtype} {list(d.shape)} on {d.device}"
-    _check(ok, "channel_sums", expected, "factor", factor)
+def check_channel_sums(d: Sequence[Tensor], factor: Sequence[Tensor]) -> None:
+    """Raises ValueError unless both are as many tensors [B, C, T], of one dtype, pair by pair of
+    one shape."""
+    if len(d) == 0 or len(d) != len(factor):
+        raise ValueError(
+            f"channel_sums: expected as many of d as factors, and one at least, got {len(d)} and "
+            f"{len(factor)}"
+        )
+    first = d[0]
+    ok = first.dim() == 3 and first.dtype in (torch.float32, torch.float64)
+    _check(ok, "channel_sums", "float32 or float64 [B, C, T]", "d", first)
+    for t, f in zip(d, factor, strict=True):
+        ok = t.dim() == 3 and len(t) == len(first)
+        ok = ok and t.dtype == first.dtype and t.device == first.device
+        expected = f"{first.dtype} [{len(first)}, C, T] on {first.device}"
+        _check(ok, "channel_sums", expected, "each of d", t)
+        ok = f.shape == t.shape and f.dtype == t.dtype and f.device == t.device
+        expected = f"{t.dtype} {list(t.shape)} on {t.device}"
+        _check(ok, "channel_sums", expected, "its factor", f)
 
 
 @torch.library.register_fake("fastfi::gram")
@@ -313,6 +326,6 @@ def _(
 
 
 @torch.library.register_fake("fastfi::channel_sums")
-def _(d: Tensor, factor: Tensor) -> Tensor:
+def _(d: Sequence[Tensor], factor: Sequence[Tensor]) -> Tensor:
     check_channel_sums(d, factor)
-    return d.new_empty((2, d.shape[0]))
+    return d[0].new_empty((d[0].shape[0], 2 * sum(t.shape[1] for t in d)))

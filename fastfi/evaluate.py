@@ -13,7 +13,7 @@ from fastfi.classes import SortedClasses, sort_classes
 from fastfi.errors import InputError, OptionError
 from fastfi.inverse import Damped, Exact, Inverse, as_inverse, damping, solve
 from fastfi.layers.grams import BlockGrams
-from fastfi.layers.parameters import Parameters, blocks
+from fastfi.layers.parameters import Parameters, blocks, exclusive
 from fastfi.layers.sweeper import Sweeper
 from fastfi.model import forward
 from fastfi.objectives import Objective, logit_gradient
@@ -122,15 +122,16 @@ def evaluate(
     check_wrt(wrt)
     if wrt == "all" and isinstance(x, Tensor) and not x.is_floating_point():
         raise InputError(
-            f"x: expected a floating-point tensor for wrt='all', which perturbs x too, got {x.dtype}; "
-            "wrt='params' takes integers"
+            "x: expected a floating-point tensor for wrt='all', which perturbs x too, got "
+            f"{x.dtype}; wrt='params' takes integers"
         )
     q = Request.checked(
         model, x, y, objective=objective, outputs=outputs, lump=lump, memory_budget=memory_budget,
         integers=wrt not in ("input", "all"),
     )  # fmt: skip
     if wrt != "input":
-        return _of_parameters(q, rule, wrt, assume_full_rank)
+        with exclusive(model):
+            return _of_parameters(q, rule, wrt, assume_full_rank)
     if assume_full_rank:
         size = q.x[0].numel()
         result = run_chunks(q, q.plan(FORWARD_CHUNK), lambda part: _full_rank_part(q, part, size))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -152,7 +152,7 @@ class ChunkPlan:
 
 def _rememberable(model: Any) -> bool:
     # Modules live as long as their user wants them to. A lambda made anew for each call does not.
-    return isinstance(model, torch.nn.Module)
+    return isinstance(model, torch.nn.Module) and isinstance(model, Hashable)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

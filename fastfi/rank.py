@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfi._checks import check_wrt
 from fastfi.inverse import Exact, solve
 from fastfi.layers.grams import BlockGrams
-from fastfi.layers.parameters import Parameters, blocks
+from fastfi.layers.parameters import Parameters, blocks, exclusive
 from fastfi.layers.sweeper import Sweeper
 from fastfi.rows import InputRows, gram_of
 from fastfi.sweep import Request, sweep, sweep_chunks
@@ -92,12 +92,13 @@ def check_rank(
     )  # fmt: skip
     if wrt == "input":
         return sweep(q, lambda d, at: RankCheck(("input",), *_decide(d, gram_of(d)[:, None], rule)))
-    parameters = Parameters(model)
-    groups = blocks(parameters, wrt)
-    grams = Sweeper(q, parameters, groups, total=False, with_input=wrt == "all")
+    with exclusive(model):
+        parameters = Parameters(model)
+        groups = blocks(parameters, wrt)
+        grams = Sweeper(q, parameters, groups, total=False, with_input=wrt == "all")
 
-    def work(data: BlockGrams, at: Tensor) -> RankCheck:
-        assert data.gram is not None
-        return RankCheck(groups.names, *_decide(data, data.gram, rule))
+        def work(data: BlockGrams, at: Tensor) -> RankCheck:
+            assert data.gram is not None
+            return RankCheck(groups.names, *_decide(data, data.gram, rule))
 
-    return sweep_chunks(q, grams.chunks(), grams, work)
+        return sweep_chunks(q, grams.chunks(), grams, work)

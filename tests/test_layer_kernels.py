@@ -138,12 +138,13 @@ def test_threads(threads_restored: None) -> None:
 
 @pytest.mark.parametrize("isa", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("positions", [1, 3, 4, 16, 33, 100])
-def test_channel_sums(positions: int, dtype: torch.dtype, isa: str) -> None:
-    d, factor = torch.randn(2, 37, positions).to(dtype)
+def test_channel_sums(dtype: torch.dtype, isa: str) -> None:
+    shapes = [(5, 37, t) for t in (1, 3, 4, 16, 33, 100)] + [(5, 1, 7)]
+    d, factor = ([torch.randn(s).to(dtype) for s in shapes] for _ in range(2))
     got = cpu_layers.channel_sums(d, factor, isa=isa)
-    want = torch.stack([(d.double() * factor.double()).sum(1), d.double().sum(1)])
-    assert got.dtype == dtype and got.shape == (2, 37)
+    pairs = [(t.double(), f.double()) for t, f in zip(d, factor, strict=True)]
+    want = torch.cat([s for t, f in pairs for s in ((t * f).sum(2), t.sum(2))], 1)
+    assert got.dtype == dtype
     # Summed in float64, rounded once.
     rtol = 1.2e-7 if dtype == torch.float32 else 1e-14
     torch.testing.assert_close(got, want.to(dtype), rtol=rtol, atol=1e-12)
@@ -152,9 +153,13 @@ def test_channel_sums(positions: int, dtype: torch.dtype, isa: str) -> None:
 
 def test_channel_sums_op() -> None:
     for batch in (0, 5):
-        d, factor = torch.randn(2, batch, 7)
+        d, factor = ([torch.randn(batch, 3, 7), torch.randn(batch, 4, 1)] for _ in range(2))
         torch.library.opcheck(torch.ops.fastfi.channel_sums.default, (d, factor))
-    with pytest.raises(ValueError, match=r"channel_sums: expected factor .*\[5, 7\]"):
-        torch.ops.fastfi.channel_sums(d, factor[:, 1:])
+    with pytest.raises(ValueError, match=r"channel_sums: expected its factor .*\[5, 3, 7\]"):
+        torch.ops.fastfi.channel_sums(d, [factor[0][..., 1:], factor[1]])
+    with pytest.raises(ValueError, match="channel_sums: expected as many"):
+        torch.ops.fastfi.channel_sums(d, factor[:1])
     with pytest.raises(ValueError, match="channel_sums: expected d"):
-        torch.ops.fastfi.channel_sums(d[0], factor)
+        torch.ops.fastfi.channel_sums([d[0][0]], [factor[0][0]])
+    with pytest.raises(ValueError, match="channel_sums: expected each of d"):
+        torch.ops.fastfi.channel_sums([d[0], d[1][:2]], [factor[0], factor[1][:2]])

@@ -151,7 +151,11 @@ void run_ghost(const KernelTable& table, const GhostProblem& p, int threads) {
 }
 
 void run_sums(const KernelTable& table, const SumsProblem& p, int threads) {
-  spread(table.sums_units(p), 1, threads, grain_for(2.0 * p.positions + 5.0),
+  int64_t numbers = 0;
+  for (int64_t i = 0; i < p.count; ++i) numbers += p.items[i].channels * p.items[i].positions;
+  // A thread for less than a million numbers costs more than it gives (measured).
+  const int64_t grain = 1 + (p.count << 20) / (numbers + 1);
+  spread(table.sums_units(p), 1, threads, grain,
          [&](int64_t begin, int64_t end, double* s) { table.channel_sums(p, begin, end, s); });
 }
 

@@ -46,16 +46,14 @@ inline void rank_update(const double* a, int64_t a_row, int64_t a_step, const do
       acc[i][j] = *reinterpret_cast<const VecD*>(c + i * c_row + j * kLanes);
   for (int64_t k = 0; k < steps; ++k) {
     VecD y[J];
-    for (int j = 0; j < J; ++j)
-      y[j] = *reinterpret_cast<const VecD*>(b + k * b_step + j * kLanes);
+    for (int j = 0; j < J; ++j) y[j] = *reinterpret_cast<const VecD*>(b + k * b_step + j * kLanes);
     for (int i = 0; i < I; ++i) {
       const double x = a[i * a_row + k * a_step];
       for (int j = 0; j < J; ++j) acc[i][j] += x * y[j];
     }
   }
   for (int i = 0; i < I; ++i)
-    for (int j = 0; j < J; ++j)
-      *reinterpret_cast<VecD*>(c + i * c_row + j * kLanes) = acc[i][j];
+    for (int j = 0; j < J; ++j) *reinterpret_cast<VecD*>(c + i * c_row + j * kLanes) = acc[i][j];
 }
 
 // The same for 4 rows and `vectors` vectors.
@@ -80,8 +78,7 @@ void pixel_products(const GhostProblem& p, const T* x, double* block, double* pr
   const int64_t pixels = ghost_pixels(p), wide = padded(pixels, kLanes);
   clear(products, padded(pixels, 4) * wide);
   for (int64_t first = 0; first < p.channels; first += kGhostChannels) {
-    const int64_t count =
-        p.channels - first < kGhostChannels ? p.channels - first : kGhostChannels;
+    const int64_t count = p.channels - first < kGhostChannels ? p.channels - first : kGhostChannels;
     for (int64_t c = 0; c < count; ++c) {
       const T* from = x + (first + c) * p.x_channel;
       double* to = block + c * wide;

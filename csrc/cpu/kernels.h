@@ -62,9 +62,9 @@ struct WindowProblem {
 };
 
 // Cotangents d[r] of one layer's outputs, [batch, groups * outputs, positions] for each row r, and
-// its input x [batch, groups * channels, pixels], both with strides in elements -> out [batch, rows,
-// rows], the inner products of the weight's gradients. Patch t holds the pixels at[t * taps + k],
-// -1 where it reaches beyond the border.
+// its input x [batch, groups * channels, pixels], both with strides in elements -> out [batch,
+// rows, rows], the inner products of the weight's gradients. Patch t holds the pixels at[t * taps +
+// k], -1 where it reaches beyond the border.
 struct GhostProblem {
   const void* x;
   bool x_double, d_double;  // else float
@@ -78,13 +78,22 @@ struct GhostProblem {
   double* out;
 };
 
-// d and factor [count, positions] -> out [2, count] of the same type: sums of d * factor, and of d.
-struct SumsProblem {
+// d and factor [batch, channels, positions] -> 2 * channels columns of the output: sums over
+// positions of d * factor, then of d.
+struct SumsItem {
   const void* d;
   const void* factor;
+  int64_t channels, positions;
+  int64_t column;
+};
+
+// All of one type, as is out [batch, columns].
+struct SumsProblem {
+  const SumsItem* items;
+  int64_t count, batch;
   bool is_double;  // else float
-  int64_t count, positions;
   void* out;
+  int64_t columns;
 };
 
 // Work is counted in units that any thread may take: [begin, end) of units(problem).

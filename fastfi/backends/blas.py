@@ -117,9 +117,10 @@ def conv_gram(
     return out
 
 
-def channel_sums(d: Tensor, factor: Tensor) -> Tensor:
-    """Sums over T of d * factor, and of d: [2, N] in d's dtype, for d and factor [N, T]."""
+def channel_sums(d: Sequence[Tensor], factor: Sequence[Tensor]) -> Tensor:
+    """Sums over T of d * factor, and of d, for pairs of d and factor [B, C, T]: [B, 2 * sum of C],
+    first the products' and then the plain ones of each pair."""
     check_channel_sums(d, factor)
-    wide = torch.promote_types(d.dtype, torch.float32)
-    sums = [(d * factor).sum(1, dtype=wide), d.sum(1, dtype=wide)]
-    return torch.stack(sums).to(d.dtype)
+    return torch.cat(
+        [s for t, f in zip(d, factor, strict=True) for s in ((t * f).sum(2), t.sum(2))], 1
+    )

@@ -115,11 +115,21 @@ def conv_gram(
                   (outputs * positions, positions, 1), outputs // groups, isa)  # fmt: skip
 
 
-def channel_sums(d: Tensor, factor: Tensor, *, isa: str = "") -> Tensor:
-    """See :func:`blas.channel_sums`."""
+def channel_sums(d: Sequence[Tensor], factor: Sequence[Tensor], *, isa: str = "") -> Tensor:
+    """See :func:`blas.channel_sums`; summed in float64."""
     check_channel_sums(d, factor)
-    d, factor = _narrow(d).contiguous(), _narrow(factor).contiguous()
-    out = d.new_empty(2, d.shape[0])
-    _C.channel_sums(d.data_ptr(), factor.data_ptr(), d.dtype == torch.float64, *d.shape,
-                    out.data_ptr(), torch.get_num_threads(), isa)  # fmt: skip
+    d, factor = [t.contiguous() for t in d], [f.contiguous() for f in factor]
+    channels = [t.shape[1] for t in d]
+    out = d[0].new_empty(d[0].shape[0], 2 * sum(channels))
+    _C.channel_sums(
+        [t.data_ptr() for t in d],
+        [f.data_ptr() for f in factor],
+        channels,
+        [t.shape[2] for t in d],
+        d[0].dtype == torch.float64,
+        d[0].shape[0],
+        out.data_ptr(),
+        torch.get_num_threads(),
+        isa,
+    )
     return out

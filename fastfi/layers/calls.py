@@ -168,7 +168,11 @@ def _each(
 @contextmanager
 def _restored(module: nn.Module) -> Iterator[None]:
     """What modules note on themselves during a call under torch.func is gone afterwards."""
-    held = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
+    held = [
+        (m, dict(m.__dict__), dict(m._buffers))
+        for m in module.modules()
+        if not isinstance(m, torch.jit.ScriptModule)
+    ]
     try:
         yield
     finally:
@@ -182,16 +186,19 @@ def _restored(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tapped_modules(
-    tape: Tape, calls: Mapping[nn.Module, tuple[str, Mapping[int, str]]], loops: frozenset[str]
+    tape: Tape,
+    calls: Sequence[tuple[nn.Module, str, Mapping[int, str]]],
+    loops: frozenset[str],
 ) -> Iterator[None]:
     """While it lasts, calls of these modules in this thread are noted as uses on the tape.
 
     Args:
-        calls: by module, its name and its parameters: names within it, by number.
+        calls: modules, their names and their parameters: names within the module, by number.
         loops: names of the modules that vmap cannot run.
     """
     thread = threading.get_ident()
-    begun: dict[nn.Module, list[Any]] = {module: [] for module in calls}
+    known = {id(module): (name, parameters) for module, name, parameters in calls}
+    begun: dict[int, list[Any]] = {key: [] for key in known}
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if threading.get_ident() != thread:
@@ -200,13 +207,13 @@ def tapped_modules(
         nodes = [node_of(a) for a in leaves]
         # In-place operations inside the module may change its arguments.
         held = [Kept(a, True) if isinstance(a, Tensor) else a for a in leaves]
-        begun[module].append((held, form, nodes))
+        begun[id(module)].append((held, form, nodes))
 
     def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         if threading.get_ident() != thread:
             return out
-        held, form, nodes = begun[module].pop()
-        name, parameters = calls[module]
+        held, form, nodes = begun[id(module)].pop()
+        name, parameters = known[id(module)]
         leaves, shape = tree_flatten(out if name else logits_of(out))
         outputs, outs = {}, []
         for i, t in enumerate(leaves):
@@ -227,7 +234,7 @@ def tapped_modules(
         return tree_unflatten(leaves, shape)
 
     with ExitStack() as stack:
-        for module in calls:
+        for module, _, _ in calls:
             for handle in (
                 module.register_forward_pre_hook(before, with_kwargs=True),
                 module.register_forward_hook(after, with_kwargs=True),

@@ -192,8 +192,8 @@ def _check_places(
             if batching is None:
                 raise Stale
             a, b = (batching.split(v, batch).flatten(1) for v in (one, two))
-            size = b.abs().amax(1)
-            error = (b - a * scale.to(a)[:, None]).abs().amax(1)
+            size, error = b.abs().amax(1), (b - a * scale.to(a)[:, None]).abs().amax(1)
             tolerance = max(1e-3, 30 * torch.finfo(a.dtype).eps)
-            if bool((error > tolerance * size + 1e-6 * size.amax()).any()):
+            largest = torch.where(size.isfinite(), size, 0.0).amax()
+            if not bool((error <= tolerance * size + 1e-6 * largest).all()):  # NaN is not either
                 raise Stale

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import threading
+import weakref
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,25 @@ from torch.nn.parameter import UninitializedParameter
 
 from fastfi.errors import OptionError
 
-__all__ = ["Blocks", "Parameters", "blocks"]
+__all__ = ["Blocks", "Parameters", "blocks", "exclusive"]
+
+# Modules that are run by torch.func lend it their parameters for a moment: one call at a time.
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_locking = threading.RLock()
+
+
+def exclusive(model: Any) -> Any:
+    """A lock for calls that look at a model's parameters; the same for the same model."""
+    module = _module_of(model)
+    if not isinstance(module, Hashable) or not isinstance(module, nn.Module):
+        return _locking
+    with _locking:
+        return _locks.setdefault(module, threading.RLock())
+
+
+def _module_of(model: Any) -> Any:
+    return model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+
 
 ROOT = "(model)"  # the layer of parameters that the model itself owns
 
@@ -46,7 +66,7 @@ class Parameters:
     """
 
     def __init__(self, model: Any) -> None:
-        module = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+        module = _module_of(model)
         if not isinstance(module, nn.Module):
             raise OptionError(
                 "wrt: expected an nn.Module (or a method of one), whose parameters have names, got "

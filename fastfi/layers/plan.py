@@ -183,9 +183,9 @@ class _Search:
                 raise
             # vmap cannot run one of these modules, or one cannot run sample by sample.
             if all(u.what in self.loops for u in taps):
-                self._escalate(
-                    {r for u in taps for r in u.roots}, f"{type(error).__name__}: {error}"
-                )
+                roots = {r for u in taps for r in u.roots}
+                inner = {r for r in roots if self.level[r] + 1 < len(self.parameters.around(r))}
+                self._escalate(inner or roots, f"{type(error).__name__}: {error}")
             self.loops = self.loops | {u.what for u in taps}
             return None
         wrong = self._wrong(squares, own)
@@ -250,15 +250,15 @@ class _Search:
         if torch.is_autocast_enabled(self.many.device.type):
             dtype = torch.get_autocast_dtype(self.many.device.type)
         eps = torch.finfo(dtype).eps
-        total = sum(g for g in own if g is not None)
+        total = sum(g for g in own if g is not None and math.isfinite(g))
         wrong = set()
         for root, g in enumerate(own):
             first, found, third = squares.get(root, [0.0] * _MANY)
             expected = g or 0.0
-            if not math.isfinite(expected):
+            if not all(map(math.isfinite, (expected, first, found, third))):
                 continue  # the chunks' own check names the samples
             # What a use that was left out would change is found by the graph, not by this: float32
-            # may differ by 5 %. Gradients that cancel (keys' biases in attention) are rounding noise.
+            # may differ by 5 %. Gradients that cancel (keys' biases in attention) are noise.
             noise = (100 * eps) ** 2 * total
             difference = abs(expected - found) + first + third
             if not difference <= min(0.5, max(1e-6, 4e5 * eps)) * max(expected, found) + noise:

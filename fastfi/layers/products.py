@@ -36,7 +36,7 @@ def root_grams(c: Cotangents) -> Iterator[tuple[int, Tensor]]:
     if c.joint is not None:
         yield from _joint_grams(c, c.joint)
     for roots, numbers in _components(c):
-        if numbers[0] in c.placed:
+        if numbers[0] in c.columns:
             continue
         root, uses = min(roots), [c.uses[i] for i in numbers]
         scaled = [u for u in uses if type(u) is Scaled]
@@ -54,13 +54,17 @@ def root_grams(c: Cotangents) -> Iterator[tuple[int, Tensor]]:
 
 
 def _joint_grams(c: Cotangents, joint: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Of the small parameters, whose gradients lie side by side."""
-    places = sorted(c.columns.items(), key=lambda item: item[1].start)
-    ends = torch.tensor([0, *(columns.stop for _, columns in places)], device=joint.device)
-    grams = torch.ops.fastfi.segment_gram(joint, ends[None])
-    for g, (i, _) in enumerate(places):
-        if i in c.placed:
-            yield c.uses[i].roots[0], grams[:, g]
+    """Of norms' weights and biases, whose gradients lie side by side."""
+    places = sorted((columns.start, columns.stop, i) for i, columns in c.columns.items())
+    bounds, at = [0], []
+    for start, stop, i in places:
+        if start > bounds[-1]:
+            bounds.append(start)  # a norm without a bias leaves its columns unused
+        at.append((len(bounds) - 1, i))
+        bounds.append(stop)
+    grams = torch.ops.fastfi.segment_gram(joint, torch.tensor([bounds], device=joint.device))
+    for g, i in at:
+        yield c.uses[i].roots[0], grams[:, g]
 
 
 def _weight_gram(c: Cotangents, numbers: Sequence[int], uses: Sequence[Tapped]) -> Tensor | None:
@@ -70,15 +74,15 @@ def _weight_gram(c: Cotangents, numbers: Sequence[int], uses: Sequence[Tapped]) 
     if len(outer) == len(uses) and len({u.source for u in outer}) == 1:
         a = [u.inputs(c.batch) for u in outer]
         if len(a) == 1:
-            return _linear(a[0], c.held[numbers[0]])
+            return _linear(a[0], c.cotangents(numbers[0]))
         # Uses side by side are one use at more positions: cross terms count.
-        rows = [torch.cat([c.held[i][r] for i in numbers], 1) for r in range(c.rows)]
+        rows = [torch.cat(d, 1) for d in zip(*map(c.cotangents, numbers), strict=True)]
         return _linear(torch.cat(a, 1), rows)
     convolutions = [u for u in uses if isinstance(u, Convolution)]
     alike = len({(u.source, u.transposed) for u in convolutions}) == 1
     if len(convolutions) == len(uses) and alike:
         one = convolutions[0]
-        if len(uses) == 1 and not one.transposed and one.inputs(c.batch).shape[1] == 1:
+        if len(uses) == 1 and one.by_image(c.batch):
             return _convolution(c, numbers[0], one)
         return _unfolded(c, numbers, convolutions)
     return None
@@ -91,8 +95,7 @@ def _linear(a: Tensor, d: Sequence[Tensor]) -> Tensor:
 
 def _convolution(c: Cotangents, number: int, use: Convolution) -> Tensor:
     """A convolution of one image for each sample."""
-    x = use.inputs(c.batch)[:, 0]  # [B, C, *spatial]
-    d = [t[:, 0] for t in c.held[number]]
+    x, d = use.activation.tensor, c.held[number]  # [B, C, *spatial], [B, O, *positions] each
     g = use.geometry
     taps, pixels = torch.Size(g.kernel).numel(), x.shape[2:].numel()
     sizes = d[0].shape[2:].numel(), x.shape[1] // g.groups * taps, d[0].shape[1] // g.groups
@@ -107,7 +110,7 @@ def _unfolded(c: Cotangents, numbers: Sequence[int], uses: Sequence[Convolution]
     each = 0
     for i, u in zip(numbers, uses, strict=True):
         taps = torch.Size(u.geometry.kernel).numel()
-        patches, grid = u.inputs(c.batch)[0].nbytes, c.rows * c.held[i][0][0].nbytes
+        patches, grid = u.inputs(c.batch)[0].nbytes, c.rows * c.held[i][0].nbytes // c.batch
         each += grid * taps + patches if u.transposed else patches * taps + grid
     out = torch.empty(c.batch, c.rows, c.rows, dtype=torch.float64, device=c.device)
     for part in parts(c.batch, each, GRADIENT_BYTES):
@@ -126,7 +129,7 @@ def _unfolded(c: Cotangents, numbers: Sequence[int], uses: Sequence[Convolution]
 
 def _lookup_gram(c: Cotangents, number: int, use: Lookup) -> Tensor:
     """N of a table: cotangents are summed for each index that a sample uses, then multiplied."""
-    first = c.held[number][0]
+    first = c.cotangents(number)[0]
     index, place, weight = use.entries(c.batch)  # [B, N]
     order = index.argsort(dim=1, stable=True)
     ranked = index.gather(1, order)
@@ -172,7 +175,7 @@ def _tied_gram(c: Cotangents, numbers: Sequence[int]) -> Tensor:
             if weight is not None:
                 e = e * weight[part][:, None, :, None]
             products = a[part, None].double() @ e.mT  # [b, n, T, L]
-            picked = torch.stack([t[part] for t in c.held[i]], 1)  # [b, n, T, V]
+            picked = c.stacked(i, part)  # [b, n, T, V]
             at = index[part][:, None, None].expand(*picked.shape[:3], -1)
             cross = picked.gather(3, at).double().flatten(2) @ products.flatten(2).mT
             total[part] += cross + cross.mT

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastfi._checks import check_label_range
 from fastfi.errors import OptionError, SampleError
@@ -22,15 +18,6 @@ from fastfi.rows import Contrasts, contrasts
 from fastfi.sweep import Request
 
 __all__ = ["Sweeper"]
-
-# Modules that are run by torch.func lend it their parameters for a moment.
-_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-_making_locks = threading.Lock()
-
-
-def _lock_of(module: nn.Module) -> Any:
-    with _making_locks:
-        return _locks.setdefault(module, threading.RLock())
 
 
 def _row(c: Contrasts, sample: int, row: int) -> Tensor:
@@ -107,22 +94,19 @@ class Sweeper:
             LabelError, OutputError, NonFiniteError: as :func:`fastfi.influence`.
             OptionError: the model does something else whenever it is called.
         """
-        with _lock_of(self.parameters.module) if self.plan.calls else nullcontext():
-            samples, labels = x[part], y
-            if y is not None:
-                labels = y[part]
-            for fresh in (False, True):
-                if fresh:  # other operations than in the samples planned on
-                    self._plan_on(samples)
-                try:
-                    return self._chunk(samples, y, labels, strict=True)
-                except Stale:
-                    pass
+        samples, labels = x[part], None if y is None else y[part]
+        for fresh in (False, True):
+            if fresh:  # other operations than in the samples planned on
+                self._plan_on(samples)
             try:
-                # Shapes may depend on the samples: texts cut to the longest of the batch.
-                return self._chunk(samples, y, labels, strict=False)
+                return self._chunk(samples, y, labels, strict=True)
             except Stale:
-                return self._one_by_one(samples, y, labels)
+                pass
+        try:
+            # Shapes may depend on the samples: texts cut to the longest of the batch.
+            return self._chunk(samples, y, labels, strict=False)
+        except Stale:
+            return self._one_by_one(samples, y, labels)
 
     def _plan_on(self, x: Tensor) -> None:
         self.plan = plan_for(self.parameters, x, self.q.outputs, fresh=True)

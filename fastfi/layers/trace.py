@@ -100,9 +100,10 @@ def trace(
         raw.append(logits_of(out))
         return out
 
-    calls = {}
-    for name, roots in plan.calls.items():
-        calls[parameters.submodule(name)] = (name, parameters.within(name, roots))
+    calls = [
+        (parameters.submodule(name), name, parameters.within(name, roots))
+        for name, roots in plan.calls.items()
+    ]
     with tapped_modules(tape, calls, plan.loops), tape:
         recorded = record(model, x, outputs, meter, to_input=to_input)
     return Trace(recorded, tape, raw[-1])

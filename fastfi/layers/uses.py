@@ -167,6 +167,11 @@ class Convolution(Use):
         """d as [B, m, O, *spatial]."""
         return self.batching.split(d, batch)
 
+    def by_image(self, batch: int) -> bool:
+        """Whether the samples are its images, and its direction the usual one."""
+        alone = self.batching == Batching(0) and self.out[0] == batch
+        return alone and not self.transposed
+
     def factors(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """The convolution as a linear map for each group.
 
@@ -204,14 +209,14 @@ class Scaled(Use):
     def kept(self) -> list[Kept]:
         return [] if self.activation is None else [self.activation]
 
-    def channels(self, d: Tensor, batch: int) -> bool:
+    def by_channel(self, batch: int) -> bool:
         """Whether it is one entry for each channel of images that are the samples: [B, C, ...]."""
         return (
-            d.dim() > 2
+            len(self.out) > 2
             and self.batching == Batching(0)
-            and len(d) == batch
+            and self.out[0] == batch
             and max(self.aligned[:1] + self.aligned[2:]) == 1
-            and self.aligned[1] == d.shape[1]
+            and self.aligned[1] == self.out[1]
         )
 
     def scale(self) -> Tensor | None:
@@ -229,15 +234,6 @@ class Scaled(Use):
         summed = [i + 1 for i, size in enumerate(self.aligned) if size == 1]
         d = self.batching.split(d, batch)
         return (d.sum(summed) if summed else d).reshape(batch, -1)
-
-    def both(self, d: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients [B, C] of this entry and of a bias beside it, where :meth:`channels`."""
-        factor = self.scale()
-        assert factor is not None
-        kind = torch.promote_types(torch.promote_types(d.dtype, factor.dtype), torch.float32)
-        flat = [t.to(kind).reshape(d.shape).flatten(2).flatten(0, 1) for t in (d, factor)]
-        weight, bias = torch.ops.fastfi.channel_sums(*flat)
-        return weight.view(d.shape[:2]), bias.view(d.shape[:2])
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastfi.errors import OptionError
 from fastfi.layers.grams import BlockGrams
-from fastfi.layers.parameters import Blocks, Parameters
+from fastfi.layers.parameters import Blocks, Parameters, exclusive
 from fastfi.layers.sweeper import Sweeper
 from fastfi.rows import record
 from fastfi.sweep import Request, run_chunks
@@ -110,7 +110,12 @@ def verify(
     if rtol is not None and not rtol > 0:
         raise OptionError(f"rtol: expected a number above 0 or None, got {rtol!r}")
     q = Request.checked(model, x, None, outputs=outputs, memory_budget=memory_budget, integers=True)
-    parameters = Parameters(model)
+    with exclusive(model):
+        return _verified(q, rtol)
+
+
+def _verified(q: Request, rtol: float | None) -> Verification:
+    parameters = Parameters(q.model)
     groups = parameters.layers()
     grams = Sweeper(q, parameters, groups, total=True, with_input=False)
     eps = torch.finfo(parameters.dtype).eps
@@ -127,7 +132,7 @@ def verify(
         for i, at in enumerate(range(*part.indices(len(q.x)))):
             cotangents = [data.classes.cotangent(r + 1)[i : i + 1] for r in range(n)]
             with torch.autocast(q.x.device.type, enabled=False):
-                full = _full(parameters, groups, q.x[at : at + 1], outputs, cotangents)
+                full = _full(parameters, groups, q.x[at : at + 1], q.outputs, cotangents)
             size = torch.linalg.matrix_norm(full)
             error = torch.linalg.matrix_norm(data.gram[i] - full)
             scale = torch.maximum(size, noise[i] / bound)
