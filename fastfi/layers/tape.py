@@ -81,6 +81,10 @@ def _open(func: types.FunctionType) -> Callable[..., Any]:
     return copy
 
 
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", "")
+
+
 def tensors(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among them, and one level of lists and tuples below."""
     found = []
@@ -163,7 +167,7 @@ class Tape(TorchFunctionMode):
 
     def key(self, func: Any, values: Iterable[Any], shape: Sequence[int]) -> Any:
         """Names an operation on parameters alone, whatever the batch is."""
-        return func.__name__, self.roots(values), tuple(shape)
+        return _name(func), self.roots(values), tuple(shape)
 
     def edge(self, out: Tensor, *inputs: Any) -> tuple[Tensor, int | None]:
         """Taps an operation's output: the output to go on with, and the edge's number, or None
@@ -216,7 +220,7 @@ class Tape(TorchFunctionMode):
         mixed = any(self.what(t) is None for t in arguments)
         outputs = tensors([out])
         # Written to in place: x.add_(...) returns x, x[...] = ... nothing.
-        written = [t for t in arguments[:1] if out is t or func.__name__ == "__setitem__"]
+        written = [t for t in arguments[:1] if out is t or _name(func) == "__setitem__"]
         for t in written:
             if self.source(t) is None:
                 self.forget(t)
@@ -225,7 +229,7 @@ class Tape(TorchFunctionMode):
         if mixed:
             if roots and any(t.is_floating_point() for t in outputs):
                 for root in roots:
-                    self.unruled.setdefault(root, getattr(func, "__name__", str(func)))
+                    self.unruled.setdefault(root, _name(func))
             return
         sources = [s for t in arguments if (s := self.source(t)) is not None]
         for t in outputs:
@@ -237,7 +241,7 @@ class Tape(TorchFunctionMode):
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The path, and whether values decide it."""
-        name = func.__name__
+        name = _name(func)
         if name == "__get__":
             return
         order = repr(args[1:]) + repr(kwargs) if name in _REORDERING else ""
@@ -259,7 +263,7 @@ class Tape(TorchFunctionMode):
                 return _open(func)(*args, **kwargs)
         values = [*args, *kwargs.values()]
         if self.roots(values):
-            rule = self._rules.get(getattr(func, "__name__", ""))
+            rule = self._rules.get(_name(func))
             if rule is not None:
                 out = rule(self, func, args, kwargs)
                 if out is not NotImplemented:
