@@ -98,7 +98,7 @@ def test_the_closed_form_of_all_parameters(project):
             "wrt: expected names of modules or parameters of the model, got 'haed'",
         ),
         (["--wrt", "drop"], "wrt: expected a module with parameters, got 'drop', without any"),
-        (["--wrt", "head", "--wrt", "params"], "names of modules or parameters of the model, got"),
+        (["--wrt", "head", "--wrt", "params"], "parameters, got 'params' in a list; did you mean"),
         (["--wrt", "head", "--wrt", "head"], "--wrt: expected different names, got 'head' more"),
         (["--wrt", "layers", "--assume-full-rank"], "assume_full_rank: expected wrt to be 'input'"),
     ],
