@@ -193,6 +193,9 @@ def _check_places(
                 raise Stale
             a, b = (batching.split(v, batch).flatten(1) for v in (one, two))
             size, error = b.abs().amax(1), (b - a * scale.to(a)[:, None]).abs().amax(1)
+            # Two backward passes of one graph differ by roundings, the scales of neighbours by a
+            # fifth or more. Two samples of hundreds may be alike within the tolerance, but wrong
+            # places exchange many pairs.
             tolerance = max(1e-3, 30 * torch.finfo(a.dtype).eps)
             largest = torch.where(size.isfinite(), size, 0.0).amax()
             if not bool((error <= tolerance * size + 1e-6 * largest).all()):  # NaN is not either

@@ -195,10 +195,9 @@ class _Search:
         held = 0
         for use in uses:
             there = [d for e in use.edges if (d := edges[e]) is not None]
-            if isinstance(
-                use, Scaled
-            ):  # its gradient, in float32 or more, and one to be rearranged
-                held += 2 * _MANY * use.source.size * 8 * len(there)
+            if isinstance(use, Scaled):
+                # Its gradient, at most in float64, and another arrangement of it.
+                held += 2 * 8 * _MANY * use.source.size * len(there)
             else:
                 held += sum(d.nbytes for d in there)
         return Plan(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -18,6 +20,17 @@ from fastfi.rows import Contrasts, contrasts
 from fastfi.sweep import Request
 
 __all__ = ["Sweeper"]
+
+
+@contextmanager
+def _quietly(z: Tensor) -> Iterator[None]:
+    """Whatever the caller's modes: no autocast, no graph, and tensors that autograd may use."""
+    with (
+        torch.inference_mode(False),
+        torch.autocast(z.device.type, enabled=False),
+        torch.no_grad(),
+    ):
+        yield
 
 
 def _row(c: Contrasts, sample: int, row: int) -> Tensor:
@@ -128,11 +141,7 @@ class Sweeper:
         suspicious = len(x) > 1 and (not strict or self.plan.unclear or t.tape.indexed)
         z = t.recorded.z
         check_label_range(y, z.shape[1])
-        with (
-            torch.inference_mode(False),
-            torch.autocast(z.device.type, enabled=False),
-            torch.no_grad(),
-        ):
+        with _quietly(z):
             c = contrasts(z, labels, self.q.objective, self.q.lump)
             closed = self._proved(t)
             if all(closed):
@@ -146,13 +155,14 @@ class Sweeper:
         with torch.no_grad():
             z = trace(self.parameters, x, self.q.outputs, self.plan).recorded.z.detach()
         check_label_range(y, z.shape[1])
-        c = contrasts(z, labels, self.q.objective, self.q.lump)
+        with _quietly(z):
+            c = contrasts(z, labels, self.q.objective, self.q.lump)
         grams, totals = [], []
         for i in range(len(x)):
             one = slice(i, i + 1)
             try:
                 t = self._one(x[one])
-                with torch.autocast(z.device.type, enabled=False), torch.no_grad():
+                with _quietly(z):
                     at_once = self._rows_at_once(1, c.count)
                     gram, total = self.products(t, c.count, partial(_row, c, i), at_once, False)
             except SampleError as error:

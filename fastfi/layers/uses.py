@@ -184,11 +184,10 @@ class Convolution(Use):
         """
         g = self.geometry.groups
         patches, grid = (d, x[:, None]) if self.transposed else (x[:, None], d)
-        lead, c = patches.shape[:3], patches.shape[3]
+        lead = patches.shape[:3]
         columns = unfold(patches.flatten(0, 2), self.geometry)  # [b*n*m, C*k, T]
         right = columns.unflatten(0, lead).unflatten(3, (g, -1))  # [b, n, m, g, J, T]
         left = grid.flatten(4).unflatten(3, (g, -1))  # [b, n, m, g, I, T]
-        assert c % g == 0
         return tuple(f.permute(0, 1, 3, 2, 5, 4).flatten(3, 4) for f in (left, right))
 
 
