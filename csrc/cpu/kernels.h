@@ -2,7 +2,7 @@
 // table of functions for each build. No torch, no Python, nothing that throws.
 #pragma once
 
-#include <stdint.h>
+#include "../problems.h"
 
 namespace fastfi {
 
@@ -16,49 +16,6 @@ struct GramProblem {
   double* out;
   const int64_t* offsets = nullptr;
   int64_t segments = 1, offset_stride = 0;
-};
-
-enum class Rule : int { kExact = 0, kTruncated = 1, kDamped = 2 };
-
-// gram [samples * blocks, n, n]; log_prob [samples, classes]; label [samples] or grad [samples,
-// classes] or neither, by objective; tau [samples] for kDamped; rank is not written for kDamped.
-struct SolveProblem {
-  Rule rule;
-  int objective;  // enum class Objective
-  const double* gram;
-  const double* log_prob;
-  const int64_t* label;
-  const double* grad;
-  const double* tau;
-  double tolerance;      // relative residual of the rank decision, on the Gram matrix
-  double row_tolerance;  // kExact: the same on the rows themselves
-  double eps;            // kTruncated
-  int64_t samples, blocks, n, classes;
-  double* fi;
-  int64_t* rank;
-};
-
-// rows [samples, n, channels, depth, height, width] -> fi and rank [samples, scales, channels,
-// depth, height, width], or without the channels where they are joint. Scale s has the windows of 2
-// * radius[s] + 1 pixels along each side, clipped at the border; radius increases, and slot[s] is
-// the scale's place in the output. The rest as in SolveProblem; rank may be null.
-struct WindowProblem {
-  Rule rule;
-  int objective;
-  const void* rows;
-  bool is_double;
-  int64_t samples, n, classes, channels, depth, height, width;
-  bool joint;
-  int64_t scales;
-  const int64_t* radius;
-  const int64_t* slot;
-  const double* log_prob;
-  const int64_t* label;
-  const double* grad;
-  const double* tau;
-  double tolerance, row_tolerance, eps;
-  double* fi;
-  int64_t* rank;
 };
 
 // Cotangents d[r] of one layer's outputs, [batch, groups * outputs, positions] for each row r, and

@@ -2,6 +2,7 @@
 // neighbours side by side. No window's matrix outlives its solve.
 #pragma once
 
+#include "../math/window_point.h"
 #include "solve_lanes.h"
 #include "window_lanes.h"
 
@@ -60,47 +61,6 @@ inline void prepare_sample(const WindowProblem& p, int64_t sample, WindowWork* w
   class_weights(w->log_prob, p.classes, w->sqrt_p);
   if (p.rule == Rule::kExact && kind != Objective::kRow)
     w->closed = full_rank_influence(w->metric_memory, p.classes, label, grad, kind);
-}
-
-// One pixel and one channel: G and h are numbers.
-inline Solved<VecD> solve_point(const WindowProblem& p, const WindowMetric& q, double tau,
-                                int64_t label, const double* vector, int64_t stride) {
-  const int64_t r = q.r;
-  VecD square = VecD{}, h = VecD{};
-  const VecD one = VecD{} + 1.0;
-  if (p.rule != Rule::kExact) {
-    for (int64_t k = 0; k < r; ++k) {
-      const VecD x = load(vector + k * stride);
-      square += x * x;
-    }
-    h = load(vector + r * stride);
-    const VecI keep =
-        p.rule == Rule::kDamped ? VecI{} + (tau > 0.0 ? -1 : 0) : (VecI)(square > p.eps * p.eps);
-    const VecD size = select(keep, square + (p.rule == Rule::kDamped ? tau : 0.0), one);
-    return {select(keep, h * h / size, VecD{}), select(keep, one, VecD{})};
-  }
-  // In units of the largest contrast: FI does not depend on them, and a square may underflow.
-  VecD mean = VecD{}, unit = VecD{};
-  for (int64_t k = 0; k < r; ++k) {
-    const VecD d = abs_of(load(vector + k * stride));
-    unit = select(d > unit, d, unit);
-  }
-  const VecI present = unit > 0.0;
-  unit = select(present, unit, one);
-  for (int64_t k = 0; k < r; ++k) {
-    const VecD d = load(vector + k * stride) / unit;
-    mean += q.prob[k] * d;
-    square += q.prob[k] * d * d;
-    h += q.slope[k] * d;
-  }
-  if (p.objective == static_cast<int>(Objective::kRow)) h = load(vector + r * stride) / unit;
-  if (p.objective == static_cast<int>(Objective::kCrossEntropy))
-    h = label > 0 ? mean - load(vector + (label - 1) * stride) / unit : mean;
-  square -= mean * mean;  // loses at most a factor K: class 0 is the most probable
-  const VecI alive = square > 0.0;
-  const VecD root = h / sqrt_of(select(alive, square, one));
-  const VecD beyond = select((h != 0.0) & present, VecD{} + __builtin_inf(), VecD{});
-  return {select(alive, root * root, beyond), select(present, one, VecD{})};
 }
 
 // The lines of pixels in reach of a unit's windows.
@@ -164,9 +124,10 @@ void window_unit(const WindowProblem& p, const WindowTile& t, WindowWork& w) {
         Solved<Pair> out;
         if (point) {
           const double* vector = w.inside[0] + t.rx + x;
-          const Solved<VecD> lo = solve_point(p, w.metric, tau, label, vector, stride);
-          const Solved<VecD> hi = solve_point(p, w.metric, tau, label, vector + kLanes, stride);
-          out = {{lo.fi, hi.fi}, {lo.rank, hi.rank}};
+          const auto lo = [&](int64_t k) { return load(vector + k * stride); };
+          const auto hi = [&](int64_t k) { return load(vector + k * stride + kLanes); };
+          solve_point<VecD>(p, w.metric, tau, label, lo, &out.fi.lo, &out.rank.lo);
+          solve_point<VecD>(p, w.metric, tau, label, hi, &out.fi.hi, &out.rank.hi);
         } else {
           const PairMask used = {lane < VecI{} + many, lane < VecI{} + (many - kLanes)};
           g.x = t.x + x;

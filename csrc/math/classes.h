@@ -1,19 +1,20 @@
 // What every solve needs of the class probabilities, from their logarithms.
 #pragma once
 
-#include "scalar.h"
+#include "team.h"
 
 FASTFI_BEGIN
 
 // log_prob [k] -> sqrt_p [k]; 0 for an absent class (log_prob = -infinity). Halving is exact, so
 // that each square root carries the error of one exponential only.
-template <class V>
+template <class V, class T = Alone>
 FASTFI_HD void class_weights(const V* log_prob, int64_t classes, V* sqrt_p) {
-  for (int64_t k = 0; k < classes; ++k) {
+  FASTFI_EACH(T, k, 0, classes) {
     const Mask<V> present = log_prob[k] > -1e300;
     const V half = select(log_prob[k] > kLogProbFloor, log_prob[k], V{} + kLogProbFloor) * 0.5;
     sqrt_p[k] = select(present, exp_of(half), V{});
   }
+  T::sync();
 }
 
 // a / sqrt_p, and 0 for an absent class.

@@ -14,6 +14,26 @@
 #define FASTFI_HD inline
 #endif
 
+// One thread of a GPU runs this code (or the tests' emulation of one).
+#if defined(__CUDA_ARCH__) && !defined(FASTFI_DEVICE)
+#define FASTFI_DEVICE
+#endif
+
+// Arrays of a CUDA thread stay in registers only where every index is known at compile time.
+#ifdef __CUDA_ARCH__
+#define FASTFI_UNROLL _Pragma("unroll")
+#else
+#define FASTFI_UNROLL
+#endif
+// The same for loops of the CPU that GCC should unroll: those over short rows of a packed matrix.
+#ifdef __CUDACC__
+#define FASTFI_UNROLL_ROW FASTFI_UNROLL
+#elif defined(__GNUC__)
+#define FASTFI_UNROLL_ROW _Pragma("GCC unroll 16")
+#else
+#define FASTFI_UNROLL_ROW
+#endif
+
 #if defined(__GNUC__) || defined(__CUDACC__)
 #define FASTFI_RESTRICT __restrict__
 #else

@@ -16,19 +16,20 @@ FASTFI_BEGIN
 
 // FI at full rank, where G's range holds every contrast: sum_k g_k^2 / P_k, for objectives in terms
 // of the classes. sqrt_p [classes].
-template <class V>
+template <class V, int NS = 0, class T = Alone>
 FASTFI_HD V full_rank_influence(const V* sqrt_p, int64_t classes, Index<V> label, const V* grad,
                                 Objective kind) {
   V fi = V{};
   if (kind == Objective::kCrossEntropy) {
-    for (int64_t k = 0; k < classes; ++k) fi += select(label == k, V{}, sqrt_p[k] * sqrt_p[k]);
-    const V inv_y = over_weight(V{} + 1.0, gather(sqrt_p, label));
-    fi = fi * inv_y * inv_y;
+    FASTFI_EACH(T, k, 0, classes) fi += select(label == k, V{}, sqrt_p[k] * sqrt_p[k]);
+    const V inv_y = over_weight(V{} + 1.0, pick<NS == 0 ? 0 : NS + 1>(sqrt_p, label));
+    fi = T::sum(fi) * inv_y * inv_y;
   } else if (kind == Objective::kGradient) {
-    for (int64_t k = 0; k < classes; ++k) {
+    FASTFI_EACH(T, k, 0, classes) {
       const V term = over_weight(grad[k], sqrt_p[k]);
       fi += term * term;
     }
+    fi = T::sum(fi);
   }
   return fi;
 }
@@ -49,7 +50,7 @@ struct Coordinates {
 
 // FI and rank of contrasts that do not span K - 1 dimensions. sqrt_p [classes], weight2 [r]:
 // base-2 logarithms of P. d: the largest dimension of any lane, and the number of factor's rows.
-template <class V>
+template <class V, class T = Alone>
 FASTFI_HD void solve_coordinates(const Coordinates<V>& c, const V* sqrt_p, const V* weight2,
                                  Index<V> label, const V* grad, Objective kind, int64_t n,
                                  int64_t r, int64_t d, double row_tolerance, V* scratch, V* fi_out,
@@ -71,24 +72,26 @@ FASTFI_HD void solve_coordinates(const Coordinates<V>& c, const V* sqrt_p, const
       c.largest * (noise * noise) * (c.largest / select(c.smallest > 0.0, c.smallest, V{} + 1.0));
   const V cut = select(carried > own, carried, own);
   const V rank =
-      weighted_pivots(c.factor, weight2, d, n, r, cut, cut, factor, inv_pivot, pivot, work);
+      weighted_pivots<V, T>(c.factor, weight2, d, n, r, cut, cut, factor, inv_pivot, pivot, work);
   *rank_out = rank;
   int64_t steps = d;
   while (steps > 0 && !any(rank > static_cast<double>(steps - 1))) --steps;
-  for (int64_t i = 0; i < steps; ++i)
-    inv_sqrt_pivot[i] = over_weight(select(rank > static_cast<double>(i), V{} + 1.0, V{}),
-                                    gather(sqrt_p, pivot[i] + 1));
+  FASTFI_EACH(T, i, 0, steps)
+  inv_sqrt_pivot[i] = over_weight(select(rank > static_cast<double>(i), V{} + 1.0, V{}),
+                                  gather(sqrt_p, pivot[i] + 1));
 
   // factor becomes X^T, then Z^T, by back substitution with its own pivot columns.
   for (int64_t i = steps - 1; i >= 0; --i) {
     V* xi = factor + i * n;
-    for (int64_t j = i + 1; j < steps; ++j) work[j] = gather(xi, pivot[j]);
+    FASTFI_EACH(T, j, i + 1, steps) work[j] = gather(xi, pivot[j]);
+    T::sync();
     for (int64_t j = i + 1; j < steps; ++j) {
       const V* xj = factor + j * n;
       const V t = work[j];
-      for (int64_t k = 0; k < n; ++k) xi[k] -= t * xj[k];
+      FASTFI_EACH(T, k, 0, n) xi[k] -= t * xj[k];
     }
-    for (int64_t k = 0; k < n; ++k) xi[k] *= inv_pivot[i];
+    FASTFI_EACH(T, k, 0, n) xi[k] *= inv_pivot[i];
+    T::sync();
   }
   for (int64_t i = 0; i < steps; ++i) {
     V* xi = factor + i * n;
@@ -97,26 +100,34 @@ FASTFI_HD void solve_coordinates(const Coordinates<V>& c, const V* sqrt_p, const
       const Mask<V> other = label > 0;
       along = select(other, gather(xi, select(other, label - 1, Index<V>{})), V{});
     } else if (kind == Objective::kGradient) {
-      along = dot(grad + 1, xi, r);
+      along = team_dot<T>(grad + 1, xi, r);
     } else {
       along = xi[r];
     }
+    T::sync();
     const V scale = inv_sqrt_pivot[i];
-    for (int64_t k = 0; k < r; ++k) xi[k] *= sqrt_p[k + 1] * scale;
-    mean[i] = dot(xi, sqrt_p + 1, r);
-    target[i] = along * scale;
-    if (kind == Objective::kCrossEntropy) target[i] -= mean[i];
+    FASTFI_EACH(T, k, 0, r) xi[k] *= sqrt_p[k + 1] * scale;
+    const V centre = team_dot<T>(xi, sqrt_p + 1, r);
+    if (T::leads()) {
+      mean[i] = centre;
+      target[i] = along * scale;
+      if (kind == Objective::kCrossEntropy) target[i] -= centre;
+    }
   }
+  T::sync();
   for (int64_t i = 0; i < steps; ++i) {
-    for (int64_t j = 0; j <= i; ++j) metric[i * d + j] = dot(factor + i * n, factor + j * n, r);
     const Mask<V> unused = rank <= static_cast<double>(i);
-    metric[i * d + i] = select(unused, V{} + 1.0, metric[i * d + i]);
+    FASTFI_EACH(T, j, 0, i + 1) {
+      const V product = dot(factor + i * n, factor + j * n, r);
+      metric[i * d + j] = j < i ? product : select(unused, V{} + 1.0, product);
+    }
   }
-  cholesky(metric, steps, d);
-  forward_substitute(metric, steps, d, mean);
-  forward_substitute(metric, steps, d, target);
-  const V dv = dot(target, mean, steps);
-  *fi_out = dot(target, target, steps) + dv * dv / (1.0 - dot(mean, mean, steps));
+  T::sync();
+  cholesky<V, T>(metric, steps, d);
+  forward_substitute<V, T>(metric, steps, d, mean);
+  forward_substitute<V, T>(metric, steps, d, target);
+  const V dv = team_dot<T>(target, mean, steps);
+  *fi_out = team_dot<T>(target, target, steps) + dv * dv / (1.0 - team_dot<T>(mean, mean, steps));
 }
 
 FASTFI_HD int64_t exact_scratch(int64_t n, int64_t classes) {
@@ -128,7 +139,7 @@ FASTFI_HD int64_t exact_scratch(int64_t n, int64_t classes) {
 // is r, or r + 1 where the last row is h. tolerance: relative residual (a square) of the Gram
 // matrix under which a row counts as dependent; row_tolerance: the square of the rows' own relative
 // error. NS > 0 fixes r at compile time, and n = r.
-template <class V, int NS>
+template <class V, int NS, class T = Alone>
 FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, const V* grad,
                            Objective kind, int64_t n_, int64_t r_, double tolerance,
                            double row_tolerance, V* scratch, V* fi_out, V* rank_out) {
@@ -142,13 +153,14 @@ FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, con
   c.factor = residual + r;
   V* rest = c.factor + r * n;
 
-  class_weights(log_prob, classes, sqrt_p);
+  class_weights<V, T>(log_prob, classes, sqrt_p);
   V present = V{};
-  c.dimension =
-      pivoted_cholesky<V, NS>(gram, n, r, tolerance, c.factor, residual, &c.largest, &c.smallest);
-  for (int64_t k = 0; k < r; ++k) present += select(log_prob[k + 1] > -1e300, V{} + 1.0, V{});
+  c.dimension = pivoted_cholesky<V, NS, T>(gram, n, r, tolerance, c.factor, residual, &c.largest,
+                                           &c.smallest);
+  FASTFI_EACH(T, k, 0, r) present += select(log_prob[k + 1] > -1e300, V{} + 1.0, V{});
+  present = T::sum(present);
   const Mask<V> full = c.dimension >= present;
-  const V closed = full_rank_influence(sqrt_p, classes, label, grad, kind);
+  const V closed = full_rank_influence<V, 0, T>(sqrt_p, classes, label, grad, kind);
   *fi_out = closed;
   *rank_out = c.dimension;
   const bool closes = kind != Objective::kRow;
@@ -156,10 +168,10 @@ FASTFI_HD void solve_exact(const V* gram, const V* log_prob, Index<V> label, con
 
   int64_t d = r;  // dimensions of the lane that has most
   while (d > 0 && !any(c.dimension > static_cast<double>(d - 1))) --d;
-  for (int64_t k = 0; k < r; ++k) weight2[k] = log_prob[k + 1] * 1.4426950408889634;
+  FASTFI_EACH(T, k, 0, r) weight2[k] = log_prob[k + 1] * 1.4426950408889634;
   V fi, rank;
-  solve_coordinates(c, sqrt_p, weight2, label, grad, kind, n, r, d, row_tolerance, rest, &fi,
-                    &rank);
+  solve_coordinates<V, T>(c, sqrt_p, weight2, label, grad, kind, n, r, d, row_tolerance, rest, &fi,
+                          &rank);
   *fi_out = closes ? select(full, closed, fi) : fi;
   *rank_out = select(full, c.dimension, rank);
 }

@@ -24,14 +24,14 @@ FASTFI_HD V reflect(V* FASTFI_RESTRICT a, int64_t n, int64_t m_, V* FASTFI_RESTR
   // 2 / |v|^2 with v = x + sign(x_0) |x| e_0: |v|^2 = 2 |x| |v_0|.
   const V size = length * abs_of(x[0]);
   const V beta = select(live, 1.0 / select(live, size, V{} + 1.0), V{});
+  FASTFI_UNROLL
   for (int64_t i = 0; i < m; ++i) p[i] = a[packed(first + i, first + i)] * x[i];
+  FASTFI_UNROLL
   for (int64_t i = 1; i < m; ++i) {
     const V* ai = a + packed(first + i, first);
     const V xi = x[i];
     V sum = V{};
-#ifdef __GNUC__
-#pragma GCC unroll 16
-#endif
+    FASTFI_UNROLL_ROW
     for (int64_t j = 0; j < i; ++j) {
       const V aij = ai[j];
       sum += aij * x[j];
@@ -40,13 +40,13 @@ FASTFI_HD V reflect(V* FASTFI_RESTRICT a, int64_t n, int64_t m_, V* FASTFI_RESTR
     p[i] += sum;
   }
   const V half = 0.5 * beta * dot(x, p, m);
+  FASTFI_UNROLL
   for (int64_t i = 0; i < m; ++i) p[i] = beta * (p[i] - half * x[i]);
+  FASTFI_UNROLL
   for (int64_t i = 0; i < m; ++i) {
     V* ai = a + packed(first + i, first);
     const V xi = x[i], pi = p[i];
-#ifdef __GNUC__
-#pragma GCC unroll 16
-#endif
+    FASTFI_UNROLL_ROW
     for (int64_t j = 0; j <= i; ++j) ai[j] -= xi * p[j] + pi * x[j];
   }
   return length;
@@ -56,6 +56,7 @@ FASTFI_HD V reflect(V* FASTFI_RESTRICT a, int64_t n, int64_t m_, V* FASTFI_RESTR
 template <class V, int MS>
 FASTFI_HD void tridiagonalise(V* a, int64_t n, int64_t m_, V* e, V* x, V* p) {
   const int64_t m = MS > 0 ? MS : m_, k = n - m - 1;
+  FASTFI_UNROLL
   for (int64_t i = 0; i < m; ++i) x[i] = a[packed(k + 1 + i, k)];
   if (m < 2) {
     if (m == 1) e[0] = x[0];
@@ -67,14 +68,16 @@ FASTFI_HD void tridiagonalise(V* a, int64_t n, int64_t m_, V* e, V* x, V* p) {
 
 // One sweep of rotations from the bottom up to row l, in the lanes `turn`. A coupling up to `floor`
 // ends one block's sweep and begins the next one's.
-template <class V>
-FASTFI_HD void ql_sweep(V* d, V* e, V* z, int64_t l, int64_t n, Mask<V> turn, V shift, V floor,
+template <class V, int NS>
+FASTFI_HD void ql_sweep(V* d, V* e, V* z, int64_t l, int64_t n_, Mask<V> turn, V shift, V floor,
                         V least_square) {
+  const int64_t n = NS > 0 ? NS : n_;
   const V one = V{} + 1.0;
   V g = d[n - 1] - shift, s = one, c = one, p = V{};
   Mask<V> fresh = turn;  // lanes in which a block begins below row i + 1
   V below = d[n - 1];    // d[i + 1]
   V z1 = z[n - 1];
+  FASTFI_UNROLL
   for (int64_t i = n - 2; i >= l; --i) {
     const Mask<V> split = abs_of(e[i]) <= floor;
     const V coupling = select(split, V{}, e[i]);
@@ -108,10 +111,12 @@ FASTFI_HD void ql_sweep(V* d, V* e, V* z, int64_t l, int64_t n, Mask<V> turn, V 
 // Implicit QL with Wilkinson's shifts on diagonal d [n] and subdiagonal e [n] (e[n - 1] unused); z
 // [n] holds a row vector that turns along. A coupling up to `floor` counts as none. Lanes that have
 // converged are left as they are; returns those that did.
-template <class V>
-FASTFI_HD Mask<V> tridiagonal_ql(V* d, V* e, V* z, int64_t n, V floor) {
+template <class V, int NS>
+FASTFI_HD Mask<V> tridiagonal_ql(V* d, V* e, V* z, int64_t n_, V floor) {
+  const int64_t n = NS > 0 ? NS : n_;
   Mask<V> done = floor >= 0.0;
   const V least_square = select(floor * floor > 1e-280, floor * floor, V{} + 1e-280);
+  FASTFI_UNROLL
   for (int64_t l = 0; l + 1 < n; ++l) {
     for (int sweep = 0;; ++sweep) {
       const Mask<V> turn = abs_of(e[l]) > floor;
@@ -124,7 +129,7 @@ FASTFI_HD Mask<V> tridiagonal_ql(V* d, V* e, V* z, int64_t n, V floor) {
       const V half = 0.5 * (d[l + 1] - d[l]), square = half * half + el * el;
       const V root = square * inv_sqrt_of(square);
       const V shift = d[l] - el * el / (half + select(half < 0.0, -root, root));
-      ql_sweep(d, e, z, l, n, turn, shift, floor, least_square);
+      ql_sweep<V, NS>(d, e, z, l, n, turn, shift, floor, least_square);
     }
   }
   return done;
@@ -147,6 +152,7 @@ FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, V al
   V* x = z + r;
   V* p = x + r;
   V trace = V{};
+  FASTFI_UNROLL
   for (int64_t i = 0; i < r; ++i) trace += a[packed(i, i)];
   *fi_out = V{};
   *rank_out = V{};
@@ -160,9 +166,11 @@ FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, V al
   const Mask<V> known = all >= 0.0;
   if (any(known)) {
     V least = trace;
+    FASTFI_UNROLL
     for (int64_t i = 0; i < r; ++i) least = select(a[packed(i, i)] < least, a[packed(i, i)], least);
     if (any(known & (least > cut))) {
       V* copy = a + packed(r + 1, 0);
+      FASTFI_UNROLL
       for (int64_t e_ = 0; e_ < packed_size(r); ++e_) copy[e_] = a[e_];
       // Clear of the cut by more than rounding can move an eigenvalue.
       const Mask<V> whole =
@@ -181,28 +189,32 @@ FASTFI_HD Mask<V> truncated_window(V* a, int64_t r_, double eps, int power, V al
     tridiagonalise<V, NS - 1>(a, r, r - 1, e, x, p);
   else
     for (int64_t m = r - 1; m > 0; --m) tridiagonalise<V, 0>(a, r, m, e, x, p);
+  FASTFI_UNROLL
   for (int64_t i = 0; i < r; ++i) {
     d[r - 1 - i] = a[packed(i, i)];
     z[i] = V{};
   }
   z[r - 1] += 1.0;
   // Wholly below the cut: nothing to iterate on.
+  FASTFI_UNROLL
   for (int64_t i = 0; i + 1 < r; ++i) e[i] = select(above, e[i], V{});
   // Couplings this small change no eigenvalue that is kept by more than the noise below.
   const V floor = select(rounding > cut * 1e-12, rounding, V{} + cut * 1e-12);
-  const Mask<V> done = tridiagonal_ql(d, e, z, r, floor);
+  const Mask<V> done = tridiagonal_ql<V, NS>(d, e, z, r, floor);
 
   // First-order bounds with w_i = v_i . c and a perturbation of M's entries by `noise`: kept
   // eigenvectors turn among themselves and towards those that are dropped.
   const V noise = (r > 16 ? 0.5 * static_cast<double>(r) : 8.0) * rounding + 4.0 * floor;
   V fi = V{}, rank = V{}, first = V{}, last = V{}, turned = V{}, dropped = V{}, highest = V{};
   Mask<V> doubtful = negate(done);
+  FASTFI_UNROLL
   for (int64_t i = 0; i < r; ++i) {
     const Mask<V> keep = d[i] > cut;
     dropped += select(keep, V{}, abs_of(z[i]));
     highest = select(keep | (d[i] < highest), highest, d[i]);
     doubtful = doubtful | (abs_of(d[i] - cut) <= noise);
   }
+  FASTFI_UNROLL
   for (int64_t i = 0; i < r; ++i) {
     const Mask<V> keep = above & (d[i] > cut);
     const V inv = select(keep, 1.0 / select(keep, d[i], V{} + 1.0), V{});

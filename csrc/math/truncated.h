@@ -22,9 +22,9 @@ FASTFI_HD int64_t rotations_scratch(int64_t n, int64_t classes) {
 
 // One rotation of rows a, b (squared norms na, nb) that makes them orthogonal; ha, hb turn along.
 // Returns whether any lane still had to turn.
-template <class V>
+template <class V, class T = Alone>
 FASTFI_HD bool jacobi_rotate(V* a, V* b, int64_t n, double tolerance, V* na, V* nb, V* ha, V* hb) {
-  const V g = dot(a, b, n);
+  const V g = team_dot<T>(a, b, n);
   const Mask<V> turn = g * g > *na * *nb * (tolerance * tolerance);
   if (!any(turn)) return false;
   // tan of the angle, the smaller root: 2 g / (d + sign(d) sqrt(d^2 + 4 g^2)).
@@ -35,23 +35,27 @@ FASTFI_HD bool jacobi_rotate(V* a, V* b, int64_t n, double tolerance, V* na, V* 
       select(turn, twice, V{}) / select(turn, select(d < 0.0, d - root, d + root), V{} + 1.0);
   const V c = 1.0 / sqrt_of(1.0 + t * t);
   const V s = c * t;
-  for (int64_t k = 0; k < n; ++k) {
+  FASTFI_EACH(T, k, 0, n) {
     const V x = a[k], y = b[k];
     a[k] = c * x - s * y;
     b[k] = s * x + c * y;
   }
-  const V x = *ha, y = *hb;
-  *ha = c * x - s * y;
-  *hb = s * x + c * y;
-  const V less = *na - t * g;
-  *na = select(less > 0.0, less, V{});
-  *nb += t * g;
+  const V less = *na - t * g, more = *nb + t * g;
+  T::sync();
+  if (T::leads()) {
+    const V x = *ha, y = *hb;
+    *ha = c * x - s * y;
+    *hb = s * x + c * y;
+    *na = select(less > 0.0, less, V{});
+    *nb = more;
+  }
+  T::sync();
   return true;
 }
 
 // FI and the number of singular values above eps from the rows' coordinates in an orthonormal
 // basis: factor [most_rows, n], zero in rows from `steps` on. sqrt_p [r + 1].
-template <class V>
+template <class V, class T = Alone>
 FASTFI_HD void solve_factor(const V* factor, const V* sqrt_p, Index<V> label, const V* grad,
                             Objective kind, int64_t n, int64_t r, int64_t most_rows, int64_t steps,
                             double eps, V* scratch, V* fi_out, V* rank_out) {
@@ -60,7 +64,7 @@ FASTFI_HD void solve_factor(const V* factor, const V* sqrt_p, Index<V> label, co
   V* h = weight + classes;
   V* norm = h + most_rows;
   V* a = norm + most_rows;
-  for (int64_t k = 0; k < classes; ++k) weight[k] = sqrt_p[k] * sqrt_p[k] / (sqrt_p[k] + eps);
+  FASTFI_EACH(T, k, 0, classes) weight[k] = sqrt_p[k] * sqrt_p[k] / (sqrt_p[k] + eps);
 
   const V p_y = kind == Objective::kCrossEntropy ? gather(sqrt_p, label) : V{};
   const V of_label = p_y * p_y / (p_y * p_y + eps);
@@ -68,22 +72,31 @@ FASTFI_HD void solve_factor(const V* factor, const V* sqrt_p, Index<V> label, co
     const V* row = factor + i * n;
     V* ai = a + i * classes;
     V mean = V{};
-    for (int64_t k = 0; k < r; ++k) mean += row[k] * sqrt_p[k + 1] * sqrt_p[k + 1];
-    ai[0] = -mean;  // row i of dl_k in the orthonormal basis
-    for (int64_t k = 0; k < r; ++k) ai[k + 1] = row[k] - mean;
+    FASTFI_EACH(T, k, 0, r) mean += row[k] * sqrt_p[k + 1] * sqrt_p[k + 1];
+    mean = T::sum(mean);
+    if (T::leads()) ai[0] = -mean;  // row i of dl_k in the orthonormal basis
+    FASTFI_EACH(T, k, 0, r) ai[k + 1] = row[k] - mean;
+    T::sync();
+    V along = V{};
     if (kind == Objective::kCrossEntropy)
-      h[i] = -gather(ai, label) * of_label;
+      along = -gather(ai, label) * of_label;
     else if (kind == Objective::kGradient)
-      h[i] = dot(grad + 1, row, r);
+      along = team_dot<T>(grad + 1, row, r);
     else
-      h[i] = row[r];
-    for (int64_t k = 0; k < classes; ++k) ai[k] *= weight[k];
+      along = row[r];
+    T::sync();
+    if (T::leads()) h[i] = along;
+    FASTFI_EACH(T, k, 0, classes) ai[k] *= weight[k];
   }
 
   // Rows converge when every cosine is at rounding level; one-sided Jacobi needs 5 to 8 sweeps.
   const double cosine = 2.220446049250313e-16 * static_cast<double>(classes);
   for (int sweep = 0; sweep < 40; ++sweep) {
-    for (int64_t i = 0; i < steps; ++i) norm[i] = dot(a + i * classes, a + i * classes, classes);
+    for (int64_t i = 0; i < steps; ++i) {
+      const V square = team_dot<T>(a + i * classes, a + i * classes, classes);
+      if (T::leads()) norm[i] = square;
+    }
+    T::sync();
     // Round robin: the pairs of a round share no row, so that their rotations overlap in the
     // pipeline. With an odd number of rows one of them has no partner in each round. The order is
     // that of most_rows, whatever the rank: other lanes must not change this one's.
@@ -96,14 +109,14 @@ FASTFI_HD void solve_factor(const V* factor, const V* sqrt_p, Index<V> label, co
             pair == 0 ? players - 1 : (round + players - 1 - pair) % (players - 1);
         const int64_t i = left < right ? left : right, j = left < right ? right : left;
         if (j < steps)
-          turned |= jacobi_rotate(a + i * classes, a + j * classes, classes, cosine, norm + i,
-                                  norm + j, h + i, h + j);
+          turned |= jacobi_rotate<V, T>(a + i * classes, a + j * classes, classes, cosine, norm + i,
+                                        norm + j, h + i, h + j);
       }
     if (!turned) break;
   }
   V fi = V{}, kept = V{};
   for (int64_t i = 0; i < steps; ++i) {
-    const V square = dot(a + i * classes, a + i * classes, classes);
+    const V square = team_dot<T>(a + i * classes, a + i * classes, classes);
     const Mask<V> keep = square > eps * eps;
     fi += select(keep, h[i] * h[i] / select(keep, square, V{} + 1.0), V{});
     kept += select(keep, V{} + 1.0, V{});
@@ -113,7 +126,7 @@ FASTFI_HD void solve_factor(const V* factor, const V* sqrt_p, Index<V> label, co
 }
 
 // Arguments as in solve_exact; eps > 0. rank_out counts the singular values above eps.
-template <class V, int NS>
+template <class V, int NS, class T = Alone>
 FASTFI_HD void solve_by_rotations(const V* gram, const V* log_prob, Index<V> label, const V* grad,
                                   Objective kind, int64_t n_, int64_t r_, double tolerance,
                                   double eps, V* scratch, V* fi_out, V* rank_out) {
@@ -123,14 +136,14 @@ FASTFI_HD void solve_by_rotations(const V* gram, const V* log_prob, Index<V> lab
   V* sqrt_p = scratch;
   V* residual = sqrt_p + classes;
   V* factor = residual + r;
-  class_weights(log_prob, classes, sqrt_p);
+  class_weights<V, T>(log_prob, classes, sqrt_p);
   V largest, smallest;
   const V rank =
-      pivoted_cholesky<V, NS>(gram, n, r, tolerance, factor, residual, &largest, &smallest);
+      pivoted_cholesky<V, NS, T>(gram, n, r, tolerance, factor, residual, &largest, &smallest);
   int64_t steps = r;
   while (steps > 0 && !any(rank > static_cast<double>(steps - 1))) --steps;
-  solve_factor(factor, sqrt_p, label, grad, kind, n, r, r, steps, eps, factor + r * n, fi_out,
-               rank_out);
+  solve_factor<V, T>(factor, sqrt_p, label, grad, kind, n, r, r, steps, eps, factor + r * n, fi_out,
+                     rank_out);
 }
 
 FASTFI_END

@@ -14,11 +14,12 @@ FASTFI_HD int64_t truncated_scratch(int64_t n, int64_t classes) {
   return spectral > rotations ? spectral : rotations;
 }
 
-// Arguments as in solve_exact; eps > 0. rank_out counts the singular values above eps.
+// By the eigenvalues of M. Arguments as in solve_truncated. Returns the lanes whose rounding errors
+// may exceed the accuracy contract.
 template <class V, int NS>
-FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label, const V* grad,
-                               Objective kind, int64_t n_, int64_t r_, double tolerance, double eps,
-                               V* scratch, V* fi_out, V* rank_out) {
+FASTFI_HD Mask<V> solve_by_eigenvalues(const V* gram, const V* log_prob, Index<V> label,
+                                       const V* grad, Objective kind, int64_t n_, int64_t r_,
+                                       double eps, V* scratch, V* fi_out, V* rank_out) {
   const int64_t r = NS > 0 ? NS : r_;
   const int64_t n = NS > 0 ? NS : n_;
   V* sqrt_p = scratch;
@@ -32,27 +33,32 @@ FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label,
 
   class_weights(log_prob, r + 1, sqrt_p);
   V length = V{};
+  FASTFI_UNROLL
   for (int64_t k = 0; k <= r; ++k) {
     normal[k] = select(sqrt_p[k] > 0.0, sqrt_p[k] + eps, V{});
     length += normal[k] * normal[k];
   }
   length = sqrt_of(length);
   const V first = sqrt_p[0] * sqrt_p[0] / normal[0] / (length + normal[0]);
+  FASTFI_UNROLL
   for (int64_t k = 0; k < r; ++k) {
     const V p = sqrt_p[k + 1];
     scale[k] = p * p / (p + eps);
     centre[k] = scale[k] - normal[k + 1] * first;
   }
+  FASTFI_UNROLL
   for (int64_t i = 0; i < r; ++i) {
     V sum = V{};
+    FASTFI_UNROLL
     for (int64_t k = 0; k < r; ++k) sum += gram[i * n + k] * sqrt_p[k + 1] * sqrt_p[k + 1];
     mean[i] = sum;
   }
-  const V p_y = kind == Objective::kCrossEntropy ? gather(sqrt_p, label) : V{};
+  const V p_y = kind == Objective::kCrossEntropy ? pick<NS == 0 ? 0 : NS + 1>(sqrt_p, label) : V{};
   const V factor = p_y * p_y / (p_y * p_y + eps);
   const Mask<V> other = label > 0;
   const Index<V> row = select(other, label - 1, Index<V>{});
   V of_mean = V{}, of_cross = V{};
+  FASTFI_UNROLL
   for (int64_t i = 0; i < r; ++i) {
     if (kind == Objective::kCrossEntropy)
       cross[i] = factor * (mean[i] - select(other, gather(gram, row * n + i), V{}));
@@ -64,16 +70,27 @@ FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label,
     of_mean += p * mean[i];
     of_cross += p * cross[i];
   }
+  FASTFI_UNROLL
   for (int64_t i = 0; i < r; ++i) {
     const V along = centre[i] * of_mean - scale[i] * mean[i];
     const V own = centre[i];
     V* to = m + packed(i, 0);
+    FASTFI_UNROLL
     for (int64_t j = 0; j <= i; ++j)
       to[j] = scale[i] * gram[i * n + j] * scale[j] - own * scale[j] * mean[j] + along * centre[j];
     m[packed(r, i)] = scale[i] * cross[i] - own * of_cross;
   }
   m[packed(r, r)] = V{};
-  const Mask<V> left = truncated_window<V, NS>(m, r, eps, 2, V{} - 1.0, work, fi_out, rank_out);
+  return truncated_window<V, NS>(m, r, eps, 2, V{} - 1.0, work, fi_out, rank_out);
+}
+
+// Arguments as in solve_exact; eps > 0. rank_out counts the singular values above eps.
+template <class V, int NS>
+FASTFI_HD void solve_truncated(const V* gram, const V* log_prob, Index<V> label, const V* grad,
+                               Objective kind, int64_t n, int64_t r, double tolerance, double eps,
+                               V* scratch, V* fi_out, V* rank_out) {
+  const Mask<V> left = solve_by_eigenvalues<V, NS>(gram, log_prob, label, grad, kind, n, r, eps,
+                                                   scratch, fi_out, rank_out);
   if (!any(left)) return;
   V fi, rank;
   solve_by_rotations<V, NS>(gram, log_prob, label, grad, kind, n, r, tolerance, eps, scratch, &fi,

@@ -12,13 +12,12 @@ FASTFI_HD int64_t packed_size(int64_t n) { return n * (n + 1) / 2; }
 // `columns` on are left alone.
 template <class V>
 FASTFI_HD void eliminate(V* a, int64_t j, int64_t rows, int64_t columns, V inv) {
+  FASTFI_UNROLL
   for (int64_t i = j + 1; i < rows; ++i) {
     const V l = a[packed(i, j)] * inv;
     const int64_t last = i < columns ? i : columns - 1;
     V* ai = a + packed(i, 0);
-#ifdef __GNUC__
-#pragma GCC unroll 16
-#endif
+    FASTFI_UNROLL_ROW
     for (int64_t k = j + 1; k <= last; ++k) ai[k] -= l * a[packed(k, j)];
   }
 }
@@ -28,8 +27,10 @@ FASTFI_HD void eliminate(V* a, int64_t j, int64_t rows, int64_t columns, V inv) 
 template <class V, int NS>
 FASTFI_HD Mask<V> surely_above(V* a, int64_t r_, V shift) {
   const int64_t r = NS > 0 ? NS : r_;
+  FASTFI_UNROLL
   for (int64_t i = 0; i < r; ++i) a[packed(i, i)] -= shift;
   Mask<V> sure = a[0] > 0.0;
+  FASTFI_UNROLL
   for (int64_t j = 0; j < r; ++j) {
     const V pivot = a[packed(j, j)];
     sure = sure & (pivot > 0.0);
@@ -45,6 +46,7 @@ template <class V, int NS>
 FASTFI_HD Mask<V> surely_full_rank(V* a, int64_t r_, double tolerance) {
   const int64_t r = NS > 0 ? NS : r_;
   V largest = V{};
+  FASTFI_UNROLL
   for (int64_t i = 0; i < r; ++i) {
     const V x = a[packed(i, i)];
     largest = select(x > largest, x, largest);
@@ -67,11 +69,13 @@ FASTFI_HD V damped_window(V* a, int64_t r_, DampedForm form, const double* u, do
   V* c = a + packed(r, 0);
   V* right = own ? a + packed(r + 1, 0) : c;
   const V square = c[r];
+  FASTFI_UNROLL
   for (int64_t i = 0; i < r; ++i) {
     a[packed(i, i)] += tau;
     if (own) right[i] = V{} + u[i];
   }
   V fi = V{};
+  FASTFI_UNROLL
   for (int64_t j = 0; j < r; ++j) {
     const V pivot = a[packed(j, j)];
     // A pivot that rounding made non-positive contributes nothing.
