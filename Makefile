@@ -6,7 +6,7 @@ VENV ?= .venv
 # that the environment already has: make test TORCH=
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test bench lint doctor clean
 

@@ -1,0 +1,82 @@
+// Which solve kernel a problem is given to. Included by one source for each rule.
+#pragma once
+
+#include "launch.h"
+#include "solve_small.h"
+
+FASTFI_BEGIN
+
+// Contrasts that the kernels for one thread are compiled for. A problem takes the next larger one,
+// with absent classes in the places that are too many.
+constexpr int kCompiled[] = {1, 3, 6, 9};
+
+inline bool for_threads(const SolveProblem& p) {
+  return p.objective != static_cast<int>(Objective::kRow) && p.n <= 9;
+}
+
+inline int64_t team_blocks(const SolveProblem& p) {
+  const int64_t problems = p.samples * p.blocks;
+  const int64_t in_block = kTeamThreads / (p.n <= kLargestShared ? 16 : 32);
+  int64_t most_blocks = gpu::kMostTeamBlocks;
+  if (p.n > kLargestShared) {
+    constexpr int64_t kWorkspaceDoubles = int64_t{64} << 20;  // 512 MiB
+    const int64_t each = in_block * team_scratch(p.rule, p.n, p.classes);
+    most_blocks = gpu::most(1, gpu::least(gpu::kMostWorkspaceBlocks, kWorkspaceDoubles / each));
+  }
+  return gpu::least((problems + in_block - 1) / in_block, most_blocks);
+}
+
+// Doubles of workspace: a list of problems, or the scratch of teams that is too large to be shared.
+inline int64_t solve_doubles(const SolveProblem& p) {
+  if (for_threads(p)) return p.rule == Rule::kDamped ? 0 : 1 + p.samples * p.blocks;
+  if (p.n <= kLargestShared) return 0;
+  return team_blocks(p) * (kTeamThreads / 32) * team_scratch(p.rule, p.n, p.classes);
+}
+
+template <Rule R>
+cudaError_t launch_teams(const SolveProblem& p, const int64_t* list, double* workspace,
+                         cudaStream_t stream) {
+  const int64_t scratch = team_scratch(R, p.n, p.classes);
+  if (p.n <= kLargestShared)
+    return gpu::launch(solve_team_kernel<R, 16>, team_blocks(p), kTeamThreads,
+                       8 * scratch * (kTeamThreads / 16), stream,
+                       TeamSolve{p, list, nullptr, scratch});
+  return gpu::launch(solve_team_kernel<R, 32>, team_blocks(p), kTeamThreads, 0, stream,
+                     TeamSolve{p, list, workspace, scratch});
+}
+
+template <Rule R, int NS>
+cudaError_t launch_small(const SolveProblem& p, double* workspace, cudaStream_t stream) {
+  int64_t* list = R == Rule::kDamped ? nullptr : reinterpret_cast<int64_t*>(workspace);
+  if (list) {
+    const cudaError_t error = cudaMemsetAsync(list, 0, sizeof(int64_t), stream);
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t blocks = (p.samples * p.blocks + kSmallThreads - 1) / kSmallThreads;
+  const cudaError_t error =
+      gpu::launch(solve_small_kernel<R, NS>, blocks, kSmallThreads,
+                  int64_t{8} * kSmallThreads * kStagedStride<NS>, stream, SmallSolve{p, list});
+  if (error != cudaSuccess || !list) return error;
+  return launch_teams<R>(p, list, nullptr, stream);
+}
+
+template <Rule R>
+cudaError_t launch_solve(const SolveProblem& p, double* workspace, cudaStream_t stream) {
+  if (!for_threads(p)) return launch_teams<R>(p, nullptr, workspace, stream);
+  if (p.n <= kCompiled[0]) return launch_small<R, kCompiled[0]>(p, workspace, stream);
+  if (p.n <= kCompiled[1]) return launch_small<R, kCompiled[1]>(p, workspace, stream);
+  if (p.n <= kCompiled[2]) return launch_small<R, kCompiled[2]>(p, workspace, stream);
+  return launch_small<R, kCompiled[3]>(p, workspace, stream);
+}
+
+FASTFI_END
+
+namespace fastfi {
+namespace gpu {
+
+cudaError_t solve_exact(const SolveProblem& p, double* workspace, cudaStream_t stream);
+cudaError_t solve_truncated(const SolveProblem& p, double* workspace, cudaStream_t stream);
+cudaError_t solve_damped(const SolveProblem& p, double* workspace, cudaStream_t stream);
+
+}  // namespace gpu
+}  // namespace fastfi

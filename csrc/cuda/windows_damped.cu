@@ -1,0 +1,11 @@
+#include "windows.h"
+
+namespace fastfi {
+namespace gpu {
+
+cudaError_t windows_damped(const WindowProblem& p, double* workspace, cudaStream_t stream) {
+  return launch_windows<Rule::kDamped>(p, workspace, stream);
+}
+
+}  // namespace gpu
+}  // namespace fastfi
