@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -50,7 +51,7 @@ def report() -> tuple[list[str], list[str]]:
     lines += ["", "Kernels"]
     lines += [f"  {line}" for line in _kernels(torch, problems)]
     lines += ["", "GPU"]
-    lines += [f"  {line}" for line in _gpu(torch)]
+    lines += [f"  {line}" for line in _gpu(torch, problems)]
     lines += ["", "Options"]
     for name, distribution, extra, purpose in _OPTIONAL:
         state = _optional(name, distribution)
@@ -108,17 +109,30 @@ def _kernels(torch: ModuleType | None, problems: list[str]) -> list[str]:
         f"CPU instruction set in use: {sets[0]} (this CPU and build can run: {', '.join(sets)})",
         f"torch's own CPU capability: {torch.backends.cpu.get_cpu_capability()}",
     ]
-    table: Callable[[], dict[str, dict[str, str]]] = package.backends
-    for op, kernels in table().items():
+    backends: Callable[[], dict[str, dict[str, str]]] = package.backends
+    try:
+        table = backends()
+    except ValueError as error:  # the environment asks for what there is not
+        problems.append(f"{error}. Do: unset or change the environment variable")
+        return [*lines, "which kernels run is unclear (see PROBLEM below)"]
+    except ImportError:  # the compiled CUDA module, which is examined with the GPU
+        return [*lines, "which kernels run is unclear (see PROBLEM below)"]
+    for op, kernels in table.items():
         row = (f"{'other devices' if d == 'default' else d}: {k}" for d, k in kernels.items())
         lines.append(f"{op:<16} {'; '.join(row)}")
     return lines
 
 
+def _built(name: str) -> list[str]:
+    """File names of a compiled module of fastfi, whatever Python they were built for."""
+    here = Path(__file__).parent
+    return sorted(p.name for p in here.glob(f"{name}.*") if p.suffix in (".so", ".pyd"))
+
+
 def _explain_extension(error: str) -> str:
     """What is wrong with fastfi._C and what to do about it."""
     here = Path(__file__).parent
-    found = sorted(p.name for p in here.glob("_C*") if p.suffix in (".so", ".pyd"))
+    found = _built("_C")
     if not found:
         why = f"there is none in {here}: it was not built"
         if (here.parent / "setup.py").exists():
@@ -139,7 +153,7 @@ def _explain_extension(error: str) -> str:
     )
 
 
-def _gpu(torch: ModuleType | None) -> list[str]:
+def _gpu(torch: ModuleType | None, problems: list[str]) -> list[str]:
     driver = _nvidia_driver()
     lines = [f"NVIDIA driver: {driver or 'none found'}"]
     if torch is None:
@@ -147,22 +161,78 @@ def _gpu(torch: ModuleType | None) -> list[str]:
     cuda, hip = torch.version.cuda, getattr(torch.version, "hip", None)
     built = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else ""
     lines.append(f"torch built for: {built or 'CPU only'}")
-    if torch.cuda.is_available():
+    usable = torch.cuda.is_available()
+    if usable:
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
             memory = properties.total_memory / 2**30
             capability = f"{properties.major}.{properties.minor}"
+            if not hip and (properties.major, properties.minor) < (8, 0):
+                capability += ": too old for fastfi's kernels (8.0), runs plain torch"
             lines.append(f"cuda:{i}: {properties.name}, {memory:.0f} GiB, capability {capability}")
     elif driver and not built:
         lines.append("there is a GPU but this torch cannot use it: install a CUDA build of torch")
     elif driver or built:
         lines.append("torch finds no usable GPU: everything runs on the CPU")
     else:
-        lines.append("no GPU: everything runs on the CPU")
-    triton = _optional("triton", "triton")
-    needed = "used on a GPU" if driver else "only used on a GPU"
-    lines.append(f"triton: {triton} ({needed})")
+        lines.append("no GPU: everything runs on the CPU, and cuda: above tells what one would run")
+    lines += [*_cuda_module(problems), _triton(usable, problems)]
+    chosen = os.environ.get("FASTFI_GPU_KERNELS")
+    if chosen:
+        lines.append(f"FASTFI_GPU_KERNELS={chosen}: of the GPU's kernels, only these and torch's")
     return lines
+
+
+def _cuda_module(problems: list[str]) -> list[str]:
+    """The state of fastfi._CUDA, which is optional: a problem only where it is broken."""
+    module, error = _import("fastfi._CUDA")
+    name = "compiled CUDA kernels (fastfi._CUDA)"
+    if module is not None:
+        return [f"{name}: built for {', '.join(module.targets())}"]
+    found = _built("_CUDA")
+    if not found and error == "ModuleNotFoundError: No module named 'fastfi._CUDA'":
+        return [
+            f"{name}: not built",
+            "  because nvcc was not found at build time, or FASTFI_CUDA=0 was set. To get them:",
+            "  install the CUDA toolkit, then fastfi again; FASTFI_CUDA=1 makes the build insist",
+        ]
+    problems.append(
+        f"fastfi's compiled CUDA module does not import ({error}): {', '.join(found) or 'it'} was "
+        "built for another Python or system, or is damaged. Do: install fastfi again (pip install "
+        "--force-reinstall --no-deps, from where it came; FASTFI_CUDA=0 builds without the "
+        "module). Until then FASTFI_GPU_KERNELS=triton or torch does without"
+    )
+    return [f"{name}: broken"]
+
+
+def _triton(usable: bool, problems: list[str]) -> str:
+    """The state of triton, which is optional: a problem only where it is broken and a GPU would run
+    it."""
+    state = _optional("triton", "triton")
+    if state.startswith("broken") and usable:
+        problems.append(
+            f"triton cannot be imported ({state}). Do: install it again (pip install "
+            "--force-reinstall triton). Until then FASTFI_GPU_KERNELS=torch does without"
+        )
+    lacking = _lacking_for_triton() if state.startswith("ok") and usable else ""
+    if lacking:
+        problems.append(
+            "triton builds its launchers with a C compiler when they are first used, and there is "
+            f"no {lacking}. Do: install it, or run without triton: FASTFI_GPU_KERNELS=compiled or "
+            "torch"
+        )
+    what = "Gram matrices and norms' sums on a GPU"
+    advice = ': pip install "fastfi[gpu]"' if state == "not installed" else ""
+    return f"triton: {state} ({what}){advice}"
+
+
+def _lacking_for_triton() -> str:
+    """What triton needs beside itself to run on a GPU and does not find; empty if nothing."""
+    # As triton looks for it (triton/runtime/build.py).
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "gcc or clang in PATH, and no other compiler named by CC"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return "" if header.exists() else f"{header} (python3-dev in Debian and Ubuntu)"
 
 
 def _nvidia_driver() -> str:

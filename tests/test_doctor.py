@@ -7,12 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastfi
 from fastfi import doctor
+
+
+@pytest.fixture(autouse=True)
+def nothing_ruled_out(monkeypatch):
+    monkeypatch.delenv("FASTFI_GPU_KERNELS", raising=False)
 
 
 def run(path: Path, code: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -42,8 +48,12 @@ def copy(tmp_path):
 
 
 def extension(copy: Path) -> Path:
-    (found,) = [p for p in (copy / "fastfi").glob("_C*") if p.suffix in (".so", ".pyd")]
+    (found,) = [p for p in (copy / "fastfi").glob("_C.*") if p.suffix in (".so", ".pyd")]
     return found
+
+
+def row(out: str, op: str) -> str:
+    return next(line for line in out.splitlines() if line.strip().startswith(op))
 
 
 def test_a_working_installation(capsys):
@@ -53,8 +63,9 @@ def test_a_working_installation(capsys):
     assert torch.__version__ in out
     assert f"threads   {torch.get_num_threads()}" in out
     for op, kernels in fastfi.backends().items():
-        line = next(line for line in out.splitlines() if line.strip().startswith(op))
+        line = row(out, op)
         assert f"cpu: {kernels['cpu']}" in line
+        assert f"cuda: {kernels['cuda']}" in line
         assert f"other devices: {kernels['default']}" in line
     assert "CPU instruction set in use: " in out
     assert "NVIDIA driver: " in out
@@ -93,6 +104,150 @@ def test_the_compiled_module_is_damaged(copy):
     assert done.returncode == 1, done.stderr
     assert "was built for another Python or system, or is damaged" in done.stdout
     assert extension(copy).name in done.stdout
+
+
+@pytest.fixture
+def cuda_module(monkeypatch, tmp_path):
+    """Called with a text, or None: fastfi._CUDA is the module of that text, or is not there."""
+    name, real = "fastfi._CUDA", getattr(fastfi, "_CUDA", None)
+    finders = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    monkeypatch.setattr(fastfi, "__path__", [str(tmp_path)])  # its modules are imported already
+    monkeypatch.setattr(doctor, "_built", lambda name: [])
+    monkeypatch.setitem(sys.modules, name, None)  # to be restored
+    del sys.modules[name]
+
+    def replace(text: str | None) -> None:
+        if text is not None:
+            (tmp_path / "_CUDA.py").write_text(text)
+
+    yield replace
+    vars(fastfi).pop("_CUDA", None)  # importing it set this
+    if real is not None:
+        fastfi._CUDA = real
+
+
+def test_the_cuda_module_was_not_built(cuda_module, capsys):
+    """No problem, and what to do to get it."""
+    cuda_module(None)
+    assert doctor.main() == 0
+    out = capsys.readouterr().out
+    assert "compiled CUDA kernels (fastfi._CUDA): not built" in out
+    for part in ("nvcc was not found", "FASTFI_CUDA=0", "the CUDA toolkit", "FASTFI_CUDA=1"):
+        assert part in out
+    assert "cuda: torch reference" in row(out, "solve_exact")
+
+
+def test_the_cuda_module_was_built(cuda_module, capsys):
+    text = "def targets():\n    return ['sm_80', 'sm_90', 'compute_90']\n"
+    cuda_module(text)
+    assert doctor.main() == 0
+    out = capsys.readouterr().out
+    assert "(fastfi._CUDA): built for sm_80, sm_90, compute_90" in out
+    assert "cuda: CUDA C++ (sm_80, sm_90, compute_90)" in row(out, "window_influence")
+
+
+def test_the_cuda_module_misses_a_library(cuda_module, capsys):
+    """An error of importing something else is not taken for a module that was not built. It is a
+    problem also without a GPU: the module is there to be used."""
+    cuda_module("import no_such_module_of_anybody\n")
+    assert doctor.main() == 1
+    out = capsys.readouterr().out
+    assert "PROBLEM: fastfi's compiled CUDA module does not import (ModuleNotFoundError" in out
+    assert "'no_such_module_of_anybody'" in out and "(fastfi._CUDA): broken" in out
+    assert "which kernels run is unclear" in out
+    assert "CPU instruction set in use" in out  # the rest of the report is there
+
+
+def test_the_cuda_module_is_damaged(copy):
+    name = extension(copy).name.replace("_C.", "_CUDA.")
+    (copy / "fastfi" / name).write_bytes(b"not a library")
+    done = run(copy)
+    assert done.returncode == 1, done.stderr
+    assert "PROBLEM: fastfi's compiled CUDA module does not import (ImportError" in done.stdout
+    assert name in done.stdout and "Do: install fastfi again" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """torch sees a GPU that is called nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+@pytest.mark.parametrize(("usable", "code"), [(True, 1), (False, 0)])
+def test_triton_is_broken(monkeypatch, a_gpu, capsys, usable, code):
+    """A problem for those whose GPU would run it."""
+    known = doctor._import
+
+    def importing(name):
+        return (None, "OSError: libtriton.so") if name == "triton" else known(name)
+
+    monkeypatch.setattr(doctor, "_import", importing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    assert doctor.main() == code
+    out = capsys.readouterr().out
+    assert "triton: broken (OSError: libtriton.so)" in out
+    assert ("PROBLEM: triton cannot be imported" in out) == usable
+
+
+@pytest.mark.parametrize("lacks", ["compiler", "header", ""])
+def test_triton_finds_what_it_builds_with(a_gpu, monkeypatch, tmp_path, capsys, lacks):
+    monkeypatch.setattr(doctor, "_optional", lambda name, distribution: "ok 3.6.0")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: "")
+    found = None if lacks == "compiler" else "/usr/bin/gcc"
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: found)
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    if lacks != "header":
+        (tmp_path / "Python.h").touch()
+    assert doctor.main() == (1 if lacks else 0)
+    out = capsys.readouterr().out
+    want = {"compiler": "there is no gcc or clang in PATH", "header": "Python.h (python3-dev"}
+    assert ("PROBLEM: triton builds its launchers" in out) == bool(lacks)
+    assert want.get(lacks, "fastfi is ready") in out
+
+
+def test_triton_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert doctor.main() == 0
+    out = capsys.readouterr().out
+    assert "triton: not installed" in out and 'pip install "fastfi[gpu]"' in out
+    assert "cuda: torch reference" in row(out, "gram")
+    assert "cuda: torch matrix products" in row(out, "conv_gram")
+
+
+def test_kernels_ruled_out(monkeypatch, capsys):
+    monkeypatch.setenv("FASTFI_GPU_KERNELS", "torch")
+    assert doctor.main() == 0
+    out = capsys.readouterr().out
+    assert "FASTFI_GPU_KERNELS=torch" in out
+    assert all(f"cuda: {k['default']}" in row(out, op) for op, k in fastfi.backends().items())
+
+
+def test_a_bad_word_in_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv("FASTFI_GPU_KERNELS", "fast")
+    assert doctor.main() == 1
+    out = capsys.readouterr().out
+    assert "PROBLEM: FASTFI_GPU_KERNELS: expected one of" in out and "got 'fast'" in out
+    assert "NVIDIA driver: " in out  # the rest of the report is there
+
+
+@pytest.mark.parametrize(("major", "old"), [(7, True), (8, False), (9, False)])
+def test_a_gpu_that_is_too_old(monkeypatch, capsys, major, old):
+    properties = SimpleNamespace(name="NVIDIA", total_memory=16 << 30, major=major, minor=5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 5))
+    monkeypatch.setattr(doctor, "_lacking_for_triton", lambda: "")
+    assert doctor.main() == 0
+    out = capsys.readouterr().out
+    assert f"cuda:0: NVIDIA, 16 GiB, capability {major}.5" in out
+    assert ("too old for fastfi's kernels" in out) == old
+    assert ("cuda: torch reference" in row(out, "gram")) == old
 
 
 def test_torch_is_missing(copy):

@@ -126,6 +126,7 @@ def test_the_reference_is_every_devices_kernel() -> None:
     layers = {"linear_gram", "conv_gram", "channel_sums"}
     assert set(table) == {"gram", "segment_gram", "window_influence", *SOLVES, *layers}
     for name, kernels in table.items():
+        assert set(kernels) == {"cpu", "cuda", "default"}
         assert kernels["default"] == f"torch {'matrix products' if name in layers else 'reference'}"
         assert "C++" in kernels["cpu"]
         assert torch._C._dispatch_has_kernel_for_dispatch_key(

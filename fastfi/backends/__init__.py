@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 
 from fastfi._ops import OP_NAMES
-from fastfi.backends import blas, cpu, cpu_layers, reference, reference_windows
+from fastfi.backends import choose, cpu, cpu_layers
 
 __all__ = ["backends"]
 
-_REFERENCE = {**vars(reference), **vars(reference_windows)}
-
-# For these the definition would form what must not be formed; products of torch serve every device.
-_LAYERS = ("linear_gram", "conv_gram", "channel_sums")
-_DEFAULT = {**_REFERENCE, **{name: getattr(blas, name) for name in _LAYERS}}
-
 for _name in OP_NAMES:
     # What serves every device that has no kernel of its own.
-    torch.library.impl(f"fastfi::{_name}", "default")(_DEFAULT[_name])
-    _kernel = getattr(cpu_layers if _name in _LAYERS else cpu, _name)
+    _default = getattr(import_module(choose.TORCH[_name].module), _name)
+    torch.library.impl(f"fastfi::{_name}", "default")(_default)
+    _kernel = getattr(cpu if hasattr(cpu, _name) else cpu_layers, _name)
     torch.library.register_kernel(f"fastfi::{_name}", "cpu", _kernel)
+choose.register()
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -27,10 +25,15 @@ def backends() -> dict[str, dict[str, str]]:
 
     Returns:
         ``{operator: {device type: kernel}}``; ``"default"`` stands for every device that is not
-        named. The CPU's entry names the instruction set in use.
+        named. The CPU's entry names the instruction set in use. ``"cuda"`` tells of the current
+        GPU, or, where torch sees none, of what one of capability 8.0 or later would run.
+
+    Raises:
+        ValueError: FASTFI_GPU_KERNELS asks for what there is not.
+        ImportError: the compiled CUDA module is broken.
     """
-    kernel = f"C++ ({cpu.instruction_sets()[0]})"
-    table = {name: {"cpu": kernel, "default": "torch reference"} for name in OP_NAMES}
-    for name in _LAYERS:
-        table[name]["default"] = "torch matrix products"
-    return table
+    kernel, cuda = f"C++ ({cpu.instruction_sets()[0]})", choose.descriptions()
+    return {
+        name: {"cpu": kernel, "cuda": cuda[name], "default": choose.TORCH[name].description}
+        for name in OP_NAMES
+    }

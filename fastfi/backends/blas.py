@@ -36,6 +36,8 @@ def _ghost(a: Tensor, d: Tensor) -> Tensor:
 def _direct(a: Tensor, d: Tensor) -> Tensor:
     """a [b, T, D]; d [b, n, O, T]."""
     precision = torch.promote_types(torch.promote_types(a.dtype, d.dtype), torch.float32)
+    if a.device.type == "cuda":
+        precision = torch.float64  # float32 may mean TF32 there, three digits
     a, d = a.to(precision), d.to(precision)
     batch, n, outputs, _ = d.shape
     each = batch * n * a.shape[2] * a.element_size()
