@@ -1,15 +1,21 @@
-"""Batches of a data set through a model; at no time are two batches of images held."""
+"""Batches of a data set through a model, one after the other.
+
+One batch of images is held at a time; with the model on a GPU, two: the next one is read and copied
+while one is worked on.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastfi.cli._prefetch import on_device
 from fastfi.data import Batch, ImageSource
 from fastfi.errors import FastfiError, OptionError, OutputError, SampleError
 
@@ -104,21 +110,24 @@ def process(
             f"{source.path} has no labels; --labels predicted uses the model's predictions"
         )
     first = True
-    for batch in source.batches(options.batch_size, options.limit):
-        x = options.normalisation(batch.x.to(options.device))
-        if first:
-            _try(model, x[:1])
-            first = False
-        try:
-            yield work(x, batch.y if options.labels == "true" else None, batch)
-        except SampleError as error:
-            raise _named(error, batch, source) from error
-        except torch.OutOfMemoryError as error:
-            raise OptionError(
-                f"not enough memory on {options.device} for batches of {options.batch_size}: "
-                f"choose a smaller --batch-size or --memory-budget ({error})"
-            ) from error
-        del batch, x
+    try:
+        batches = on_device(source.batches(options.batch_size, options.limit), options.device)
+        with closing(batches):
+            for batch, x in batches:
+                x = options.normalisation(x)
+                if first:
+                    _try(model, x[:1])
+                    first = False
+                try:
+                    yield work(x, batch.y if options.labels == "true" else None, batch)
+                except SampleError as error:
+                    raise _named(error, batch, source) from error
+                del batch, x
+    except torch.OutOfMemoryError as error:
+        raise OptionError(
+            f"not enough memory on {options.device} for batches of {options.batch_size}: "
+            f"choose a smaller --batch-size or --memory-budget ({error})"
+        ) from error
 
 
 def _try(model: nn.Module, x: Tensor) -> None:
