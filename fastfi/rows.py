@@ -1,16 +1,16 @@
 """Contrast rows of the input's Jacobian: one batched backward pass for each row.
 
 Row r of a sample is the vector-Jacobian product with ``e_{class r} - e_{top}``, classes sorted by
-probability, so one backward pass serves the whole chunk. A plain loop over rows is used: on CPU,
-vmap over cotangents was slower from eight samples on (up to 3 times at 64), and parameters that
-require gradients cost nothing, because autograd computes only what the input needs.
+probability, so one backward pass serves the whole chunk. A plain loop over rows is used, see
+:func:`way_of`. Parameters that require gradients cost nothing, because autograd computes only what
+the input needs.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +19,24 @@ from fastfi._checks import check_finite, check_label_range
 from fastfi.classes import SortedClasses, sort_classes
 from fastfi.errors import OutputError
 from fastfi.inverse import default_rtol
-from fastfi.memory import ActivationMeter, ChunkPlan
+from fastfi.memory import ActivationMeter, ChunkPlan, is_out_of_memory
 from fastfi.model import eagerly, forward
 from fastfi.objectives import Objective, logit_gradient
 
 __all__ = ["Contrasts", "InputRows", "Recorded", "contrasts", "gram_of", "input_rows", "measure"]
-__all__ += ["pull_back_rows", "record"]
+__all__ += ["pull_back_rows", "record", "way_of"]
+
+Way = Literal["loop", "vmap"]
+_ROWS_AT_ONCE = 16  # of a batched backward pass: bounds what it holds beside the activations
+
+
+def way_of(device: torch.device) -> Way:
+    """How rows are computed: "loop", a backward pass for each, or "vmap", several in one pass.
+
+    On the CPU, vmap was slower from eight samples on (up to 3 times at 64). On a GPU neither has
+    been measured.
+    """
+    return "loop"
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,32 @@ def _pull_back(z: Tensor, leaf: Tensor, cotangent: Tensor, keep_graph: bool) -> 
             "to it"
         )
     return row
+
+
+def _loop(recorded: Recorded, c: Contrasts, rows: Tensor) -> None:
+    """Fills rows [B, n, ...], one by one."""
+    for r in range(c.count):
+        keep_graph = r + 1 < c.count
+        rows[:, r] = _pull_back(recorded.z, recorded.leaf, c.cotangent(r), keep_graph)
+
+
+def _vmap(recorded: Recorded, c: Contrasts, rows: Tensor) -> None:
+    """Fills rows [B, n, ...], several at once; by the loop where vmap cannot run the model's
+    backward pass (a function of the user's that looks at values, for instance). Whatever else may
+    be wrong, the loop meets it too."""
+    z, leaf = recorded.z, recorded.leaf
+    try:
+        for first in range(0, c.count, _ROWS_AT_ONCE):
+            part = range(first, min(first + _ROWS_AT_ONCE, c.count))
+            cotangents = torch.stack([c.cotangent(r).to(z.dtype) for r in part])  # [r, B, K]
+            (block,) = torch.autograd.grad(
+                z, leaf, cotangents, retain_graph=True, is_grads_batched=True
+            )  # [r, B, ...]
+            rows[:, part.start : part.stop] = block.transpose(0, 1)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        _loop(recorded, c, rows)
 
 
 def _objective_gradient(
@@ -188,9 +226,9 @@ def pull_back_rows(
         torch.no_grad(),
     ):
         c = contrasts(z, y, objective, lump)
-        rows = leaf.new_empty((leaf.shape[0], c.count, *leaf.shape[1:]))
-        for r in range(c.count):
-            rows[:, r] = _pull_back(z, leaf, c.cotangent(r), keep_graph=r + 1 < c.count)
+        rows = leaf.new_empty((leaf.shape[0], c.count, *leaf.shape[1:]))  # in x's order of numbers
+        fill = _vmap if way_of(leaf.device) == "vmap" else _loop
+        fill(recorded, c, rows)
     return InputRows(rows.flatten(2), c.classes, c.label, c.grad, z.dtype)
 
 
