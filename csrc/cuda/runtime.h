@@ -21,6 +21,16 @@ namespace gpu {
 // Shared memory that a block has without asking for more.
 constexpr int64_t kSharedByDefault = 48 << 10;
 
+// Shared memory that a block of the current device can have; what all have where that is not known.
+inline int64_t most_shared() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess)
+    return kSharedByDefault;
+  return bytes;
+}
+
 // Blocks of teams that go through a list or all problems: many more than run at once. In the
 // emulation few, so that teams take several problems there too.
 #ifndef FASTFI_EMULATED

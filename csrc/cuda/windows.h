@@ -7,26 +7,24 @@
 
 FASTFI_BEGIN
 
-// Bytes of shared memory that the column sums of a block may take: two blocks for each
-// multiprocessor, or one if the windows are wide.
-constexpr int64_t kWindowShared = 100 << 10, kWideShared = 160 << 10;
-
 template <Rule R, int NS>
 int64_t window_shared(const SmallWindows& s) {
   const int64_t stride = s.columns + 2 * s.reach;
   return 8 * (metric_stride(s.windows.problem.classes) + s.lines * kSums<R, NS> * stride);
 }
 
-// The tile of a block; false where windows are too wide for shared memory.
+// The tile of a block: lines as long as two blocks share a multiprocessor, columns as long as one
+// fits. False where windows are too wide.
 template <Rule R, int NS>
 bool choose_tile(SmallWindows* s) {
   const WindowProblem& p = s->windows.problem;
+  const int64_t limit = gpu::most_shared();
   s->reach = gpu::least(s->windows.radius[s->windows.count - 1], p.width - 1);
   s->columns = gpu::least(p.width, p.height > 1 ? 64 : kWindowThreads);
   s->lines = gpu::least(p.height, gpu::most(1, kWindowThreads / s->columns));
-  while (s->lines > 1 && window_shared<R, NS>(*s) > kWindowShared) --s->lines;
-  while (s->columns > 16 && window_shared<R, NS>(*s) > kWideShared) s->columns /= 2;
-  return window_shared<R, NS>(*s) <= kWideShared;
+  while (s->lines > 1 && window_shared<R, NS>(*s) > limit / 2 - 1024) --s->lines;
+  while (s->columns > 16 && window_shared<R, NS>(*s) > limit) s->columns /= 2;
+  return window_shared<R, NS>(*s) <= limit;
 }
 
 inline bool windows_for_threads(const WindowProblem& p) {

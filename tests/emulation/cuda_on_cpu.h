@@ -33,6 +33,7 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
   cudaErrorLaunchFailure = 719
 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 typedef void* cudaStream_t;
 
@@ -44,8 +45,13 @@ inline Coordinate threadIdx, blockIdx, gridDim;
 namespace emulation {
 
 constexpr int kDevices = 2, kMostThreads = 1024;
-constexpr int64_t kMostShared = 227 << 10;  // of a block of compute capability 9.0
 constexpr size_t kStack = 256 << 10, kGuard = 64;
+
+// Shared memory of a block: of compute capability 9.0 unless the test says otherwise.
+inline int most_shared() {
+  const char* setting = getenv("FASTFI_EMULATED_SHARED");
+  return setting ? atoi(setting) : 227 << 10;
+}
 
 struct Barrier {
   int arrived = 0;
@@ -160,7 +166,7 @@ inline void run_block(int order) {
 }
 
 inline void run(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> body) {
-  if (threads < 1 || threads > kMostThreads || threads % 32 || shared_bytes > kMostShared) {
+  if (threads < 1 || threads > kMostThreads || threads % 32 || shared_bytes > most_shared()) {
     machine.error = cudaErrorInvalidConfiguration;
     return;
   }
@@ -238,8 +244,12 @@ inline cudaError_t cudaSetDevice(int device) {
   emulation::machine.device = device;
   return cudaSuccess;
 }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulation::most_shared();
+  return cudaSuccess;
+}
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= emulation::kMostShared ? cudaSuccess : cudaErrorInvalidValue;
+  return bytes <= emulation::most_shared() ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
   memset(at, value, bytes);
