@@ -89,7 +89,8 @@ def _weight_gram(c: Cotangents, numbers: Sequence[int], uses: Sequence[Tapped]) 
 
 
 def _linear(a: Tensor, d: Sequence[Tensor]) -> Tensor:
-    ghost = ghost_is_cheaper(a.shape[1], a.shape[2], d[0].shape[2], len(d), d[0].dtype)
+    sizes, device = (a.shape[1], a.shape[2], d[0].shape[2]), a.device.type
+    ghost = ghost_is_cheaper(*sizes, len(d), d[0].dtype, device=device)
     return torch.ops.fastfi.linear_gram(a, d, ghost)
 
 
@@ -99,7 +100,7 @@ def _convolution(c: Cotangents, number: int, use: Convolution) -> Tensor:
     g = use.geometry
     taps, pixels = torch.Size(g.kernel).numel(), x.shape[2:].numel()
     sizes = d[0].shape[2:].numel(), x.shape[1] // g.groups * taps, d[0].shape[1] // g.groups
-    ghost = ghost_is_cheaper(*sizes, c.rows, d[0].dtype, taps, pixels)
+    ghost = ghost_is_cheaper(*sizes, c.rows, d[0].dtype, taps, pixels, x.device.type)
     return torch.ops.fastfi.conv_gram(
         x, d, g.kernel, g.stride, g.padding, g.dilation, g.groups, ghost
     )
