@@ -1,5 +1,5 @@
-"""Builds fastfi._C and, where CUDA's compiler is found, fastfi._CUDA; neither torch nor anything but
-setuptools and pybind11 is needed.
+"""Builds fastfi._C and, where CUDA's compiler is found, fastfi._CUDA; neither torch nor anything
+but setuptools and pybind11 is needed.
 
 The CPU kernels are compiled once for each instruction set and chosen at run time. Environment:
 FASTFI_CUDA=0 leaves the CUDA module out, FASTFI_CUDA=1 insists on it; whether there is a GPU does

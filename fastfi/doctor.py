@@ -223,6 +223,9 @@ def _triton(usable: bool, problems: list[str]) -> str:
         )
     what = "Gram matrices and norms' sums on a GPU"
     advice = ': pip install "fastfi[gpu]"' if state == "not installed" else ""
+    choose, _ = _import("fastfi.backends.choose")
+    if choose is not None and state.startswith("ok") and choose.triton_is_old():
+        advice = ", too old for them: 3.5 is the first with products of float64 matrices"
     return f"triton: {state} ({what}){advice}"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastfi._checks import check_finite, check_label_range
 from fastfi.classes import SortedClasses, sort_classes
+from fastfi.cudnn import differentiable_rnns, row_eps
 from fastfi.errors import OutputError
 from fastfi.inverse import default_rtol
 from fastfi.memory import ActivationMeter, ChunkPlan, is_out_of_memory
@@ -50,6 +51,7 @@ class InputRows:
         label: [B], the label's position, for cross-entropy; else None.
         grad: [B, K'] float64, df/dz by position, for objectives with sum g = 0; else None.
         dtype: of the model's logits.
+        eps: of the precision in which the rows were computed.
     """
 
     rows: Tensor
@@ -57,11 +59,12 @@ class InputRows:
     label: Tensor | None
     grad: Tensor | None
     dtype: torch.dtype
+    eps: float
 
     @property
     def rtol(self) -> float:
         """Relative length under which a row counts as dependent on others: :func:`default_rtol`."""
-        eps = max(torch.finfo(self.rows.dtype).eps, torch.finfo(self.dtype).eps)
+        eps = max(self.eps, torch.finfo(self.dtype).eps)
         return default_rtol(eps, self.classes.logits.shape[1])
 
 
@@ -135,10 +138,12 @@ def _objective_gradient(
 
 @dataclass(frozen=True)
 class Recorded:
-    """A forward pass with its graph: logits z [B, K] as a function of leaf [B, ...]."""
+    """A forward pass with its graph: logits z [B, K] as a function of leaf [B, ...], and the
+    machine epsilon of gradients with respect to leaf."""
 
     leaf: Tensor
     z: Tensor
+    eps: float
 
 
 def record(
@@ -161,7 +166,8 @@ def record(
     """
     with torch.inference_mode(False):
         leaf = _leaf(x).requires_grad_(to_input)
-        with torch.enable_grad(), eagerly(), meter or nullcontext():
+        rnns = differentiable_rnns(model, leaf.device)
+        with torch.enable_grad(), eagerly(), rnns, meter or nullcontext():
             z = forward(model, leaf, outputs)
     if not z.requires_grad:
         what = "x" if to_input else "the parameters"
@@ -169,7 +175,8 @@ def record(
             f"model: expected logits that autograd can differentiate with respect to {what}, got a "
             "tensor without a gradient (a detach() or torch.no_grad() inside the model?)"
         )
-    return Recorded(leaf, z)
+    dtype = leaf.dtype if leaf.is_floating_point() else z.dtype
+    return Recorded(leaf, z, row_eps(model, dtype, leaf.device))
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,7 @@ def pull_back_rows(
         rows = leaf.new_empty((leaf.shape[0], c.count, *leaf.shape[1:]))  # in x's order of numbers
         fill = _vmap if way_of(leaf.device) == "vmap" else _loop
         fill(recorded, c, rows)
-    return InputRows(rows.flatten(2), c.classes, c.label, c.grad, z.dtype)
+    return InputRows(rows.flatten(2), c.classes, c.label, c.grad, z.dtype, recorded.eps)
 
 
 def measure(

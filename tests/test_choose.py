@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -90,6 +92,16 @@ def test_found(monkeypatch, tmp_path):
     (tmp_path / "triton.py").unlink()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert choose.found() == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("version", "old"), [("3.4.0", True), ("3.5.0", False), ("3.10.1+git5", False), ("4.0", False)]
+)
+def test_triton_without_float64_products_counts_as_absent(monkeypatch, version, old):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    assert choose.triton_is_old() is old
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert choose.found() == (True, not old)
 
 
 def test_every_torch_kernel_is_there():

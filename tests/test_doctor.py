@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -208,6 +209,17 @@ def test_triton_finds_what_it_builds_with(a_gpu, monkeypatch, tmp_path, capsys, 
     want = {"compiler": "there is no gcc or clang in PATH", "header": "Python.h (python3-dev"}
     assert ("PROBLEM: triton builds its launchers" in out) == bool(lacks)
     assert want.get(lacks, "fastfi is ready") in out
+
+
+def test_triton_is_too_old(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    version = importlib.metadata.version
+    old = {"triton": "3.4.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: old.get(n) or version(n))
+    assert doctor.main() == 0
+    said = capsys.readouterr().out
+    assert "triton: ok 3.4.0" in said
+    assert "too old for them: 3.5 is the first with products of float64 matrices" in said
 
 
 def test_triton_is_missing(monkeypatch, capsys):

@@ -9,6 +9,7 @@ replaced in silence.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -20,13 +21,14 @@ import torch
 from fastfi._ops import OP_NAMES
 
 __all__ = ["CHOICES", "ENVIRONMENT", "OLDEST", "TORCH", "Kernel", "choice", "cuda_kernels"]
-__all__ += ["descriptions", "found", "function", "on_gpu", "register"]
+__all__ += ["descriptions", "found", "function", "on_gpu", "register", "triton_is_old"]
 
 ENVIRONMENT = "FASTFI_GPU_KERNELS"  # rules kernels out: "torch", "triton" or "compiled"
 CHOICES = ("", "torch", "triton", "compiled")
 
 # The compiled module holds code for sm_80 and later; so does what Triton promises to support.
 OLDEST = (8, 0)
+OLDEST_TRITON = (3, 5)
 
 
 class Kernel(NamedTuple):
@@ -70,7 +72,7 @@ def cuda_kernels(
 
     Args:
         compiled: the module fastfi._CUDA was built.
-        triton: the package triton is installed.
+        triton: the package triton is installed, in version 3.5 or later.
         capability: of the GPU.
         only: "torch": nothing but torch; "triton", "compiled": these where they have a kernel, and
             torch for the rest; "": whatever there is.
@@ -81,7 +83,7 @@ def cuda_kernels(
     if only not in CHOICES:
         raise ValueError(f"{ENVIRONMENT}: expected one of {CHOICES[1:]}, got {only!r}")
     wanted = {
-        "triton": (triton, "the package triton"),
+        "triton": (triton, "the package triton, version 3.5 or later"),
         "compiled": (compiled, "the module fastfi._CUDA"),
     }
     if only in wanted:
@@ -101,11 +103,21 @@ def cuda_kernels(
     return kernels
 
 
+def triton_is_old() -> bool:
+    """Whether triton is older than 3.5, as its metadata say (a build without any is taken for new).
+    Older ones have no product of float64 matrices."""
+    try:
+        release = importlib.metadata.version("triton").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in release[:2] if part.isdecimal()) < OLDEST_TRITON
+
+
 def found() -> tuple[bool, bool]:
-    """Whether fastfi._CUDA and triton are there, without importing them."""
+    """Whether fastfi._CUDA and a triton that is new enough are there, without importing them."""
     names = ("fastfi._CUDA", "triton")
     compiled, triton = (importlib.util.find_spec(name) is not None for name in names)
-    return compiled, triton
+    return compiled, triton and not triton_is_old()
 
 
 def choice() -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fastfi.cudnn import differentiable_rnns
 from fastfi.layers.batching import Batching
 from fastfi.layers.graph import node_of
 from fastfi.layers.tape import Tape
@@ -115,7 +116,8 @@ class Call(Tapped):
             values = [next(tensors) if isinstance(a, Kept) else a for a in self.arguments]
             args, kwargs = tree_unflatten(values, self.form)
             enabled, dtype = self.autocast
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
+            rnns = differentiable_rnns(self.module, d[leaves[0]].device)
+            with rnns, torch.autocast(device, dtype=dtype, enabled=enabled):
                 out = functional_call(self.module, weights, args, kwargs)
             flat = tree_flatten(out if self.what else logits_of(out))[0]
             return [flat[self.outputs_leaf(leaf)] for leaf in leaves]

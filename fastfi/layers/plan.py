@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfi.cudnn import row_eps
 from fastfi.errors import OptionError
 from fastfi.layers.batching import Batching, batched_dimension
 from fastfi.layers.calls import Call
@@ -248,7 +249,7 @@ class _Search:
         dtype = self.parameters.dtype
         if torch.is_autocast_enabled(self.many.device.type):
             dtype = torch.get_autocast_dtype(self.many.device.type)
-        eps = torch.finfo(dtype).eps
+        eps = row_eps(self.parameters.model, dtype, self.many.device)
         total = sum(g for g in own if g is not None and math.isfinite(g))
         wrong = set()
         for root, g in enumerate(own):

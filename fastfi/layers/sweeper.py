@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastfi._checks import check_label_range
+from fastfi.cudnn import row_eps
 from fastfi.errors import OptionError, SampleError
 from fastfi.layers.grams import BlockGrams, Products
 from fastfi.layers.parameters import Blocks, Parameters
@@ -201,5 +202,5 @@ class Sweeper:
     ) -> BlockGrams:
         before = closed if self._closed is None else self._closed
         self._closed = tuple(a and b for a, b in zip(before, closed, strict=True))
-        eps = torch.finfo(self.parameters.dtype).eps
+        eps = row_eps(self.q.model, self.parameters.dtype, c.classes.logits.device)
         return BlockGrams(gram, total, c.classes, c.label, c.grad, dtype, eps, closed)

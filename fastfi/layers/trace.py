@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from fastfi.cudnn import differentiable_rnns
 from fastfi.layers.batching import Batching
 from fastfi.layers.calls import Call, tapped_modules
 from fastfi.layers.graph import reached
@@ -104,7 +105,8 @@ def trace(
         (parameters.submodule(name), name, parameters.within(name, roots))
         for name, roots in plan.calls.items()
     ]
-    with tapped_modules(tape, calls, plan.loops), tape:
+    rnns = differentiable_rnns(parameters.model, x.device)
+    with rnns, tapped_modules(tape, calls, plan.loops), tape:
         recorded = record(model, x, outputs, meter, to_input=to_input)
     return Trace(recorded, tape, raw[-1])
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastfi.cudnn import row_eps
 from fastfi.errors import OptionError
 from fastfi.layers.grams import BlockGrams
 from fastfi.layers.parameters import Blocks, Parameters, exclusive
@@ -94,8 +95,8 @@ def verify(
         model: as in :func:`fastfi.influence`; its trainable parameters are checked.
         x: a few samples [B, ...].
         outputs, memory_budget: as in :func:`fastfi.influence`.
-        rtol: the bound, above 0; None means 1e4 machine epsilons of the parameters, and at least
-            1e-9.
+        rtol: the bound, above 0; None means 1e4 machine epsilons of the parameters (on a GPU, of
+            what their gradients are computed in), at least 1e-9 and at most 0.1.
 
     Returns:
         :class:`Verification`.
@@ -118,8 +119,8 @@ def _verified(q: Request, rtol: float | None) -> Verification:
     parameters = Parameters(q.model)
     groups = parameters.layers()
     grams = Sweeper(q, parameters, groups, total=True, with_input=False)
-    eps = torch.finfo(parameters.dtype).eps
-    bound = max(1e4 * eps, 1e-9) if rtol is None else rtol
+    eps = row_eps(q.model, parameters.dtype, q.x.device)
+    bound = min(max(1e4 * eps, 1e-9), 0.1) if rtol is None else rtol
 
     def run(part: slice) -> _Errors:
         data: BlockGrams = grams(q.x, part, None)
