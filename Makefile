@@ -14,7 +14,7 @@ demo: $(VENV)/ready
 	$(BIN)/python -m examples.digits --out demo-output
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench.report

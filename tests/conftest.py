@@ -199,6 +199,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell's background jobs start with Ctrl-C ignored, and some tests are about what it does.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Processes side by side share the cores.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     _device = config.getoption("--device")
     if _device == "cuda":
         # Poisoned memory goes with deterministic algorithms, and those with a fixed workspace.

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastfi.backends import cpu, reference_windows
 
-pytest.importorskip("pybind11")
 from emulated import ROOT, emulated_ops, kernel_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
