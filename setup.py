@@ -6,6 +6,7 @@ FASTFI_CUDA=0 leaves the CUDA module out, FASTFI_CUDA=1 insists on it; whether t
 not matter. FASTFI_STRICT=1 makes every warning an error.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -56,7 +57,13 @@ def find_nvcc():
 def runtime_folders(nvcc):
     """Where the static runtime library is: as nvcc itself says, which may be a wrapper script."""
     command = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stderr
+    if done.returncode != 0:
+        raise SystemExit(
+            f"expected {shlex.join(command)} to tell where CUDA's libraries are, it failed:\n{said}"
+            "FASTFI_CUDA=0 builds without CUDA kernels"
+        )
     lines = [line.split("=", 1)[1] for line in said.splitlines() if " LIBRARIES=" in line]
     return [word[2:] for line in lines for word in shlex.split(line) if word.startswith("-L")]
 
@@ -93,10 +100,13 @@ class BuildKernels(build_ext):
         strict = ["-Werror", "all-warnings"] if STRICT else []
         host += ["-Wno-ignored-attributes", *(["-Werror"] if STRICT else [])]
         flags = ["-std=c++17", "-O3", *GPU_CODE, *strict, "-Xcompiler", ",".join(host)]
+        # Objects of another compiler, or of other options, are other objects.
+        version = subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout
+        state = hashlib.sha256(repr([NVCC, version, flags]).encode()).hexdigest()[:8]
         newest = max(Path(path).stat().st_mtime for path in [*ext.depends, __file__])
 
         def compiled(source):
-            out = folder / f"{Path(source).stem}{'.strict' if STRICT else ''}.o"
+            out = folder / f"{Path(source).stem}.{state}.o"
             if not out.exists() or out.stat().st_mtime < newest:
                 unfinished = out.with_suffix(".unfinished.o")
                 command = [NVCC, *flags, "-c", source, "-o", str(unfinished)]

@@ -102,3 +102,24 @@ def test_a_setting_that_setup_does_not_know(tmp_path: Path) -> None:
     assert done.returncode != 0
     if "No module named" not in done.stderr:  # setuptools and pybind11, which the build brings
         assert "FASTFI_CUDA: expected 0, 1 or nothing, got 'yes'" in done.stderr
+
+
+@pytest.mark.parametrize("wanted", ["", "0", "1"])
+def test_an_nvcc_that_fails(tmp_path: Path, wanted: str) -> None:
+    """What it said and what to do about it are told; in a folder with a space in its name."""
+    nvcc = tmp_path / "a toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho nvcc is out of order >&2\nexit 3\n")
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "FASTFI_CUDA": wanted, "CUDA_HOME": str(nvcc.parent.parent)}
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    if "No module named" in done.stderr:
+        pytest.skip("needs setuptools and pybind11, which the build brings")
+    assert (done.returncode == 0) == (wanted == "0"), done.stderr
+    if wanted != "0":
+        assert "nvcc is out of order" in done.stderr
+        assert "FASTFI_CUDA=0 builds without" in done.stderr
+        assert "Traceback" not in done.stderr

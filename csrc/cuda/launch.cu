@@ -29,7 +29,9 @@ class DeviceGuard {
 };
 
 const char* message(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  (void)cudaGetLastError();  // reported now: the next launch must not find it again
+  return cudaGetErrorString(error);
 }
 
 }  // namespace

@@ -26,17 +26,19 @@ inline int64_t most_shared() {
   int device = 0, bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-          cudaSuccess)
+          cudaSuccess) {
+    (void)cudaGetLastError();  // else the next launch would report it
     return kSharedByDefault;
+  }
   return bytes;
 }
 
 // Blocks of teams that go through a list or all problems: many more than run at once. In the
 // emulation few, so that teams take several problems there too.
 #ifndef FASTFI_EMULATED
-constexpr int64_t kMostTeamBlocks = 8192, kMostWorkspaceBlocks = 1056;
+inline int64_t most_blocks(int64_t on_a_gpu) { return on_a_gpu; }
 #else
-constexpr int64_t kMostTeamBlocks = 2, kMostWorkspaceBlocks = 2;
+inline int64_t most_blocks(int64_t on_a_gpu) { return emulation::most_blocks(on_a_gpu); }
 #endif
 
 // One launch on a stream, and its error.
@@ -46,9 +48,11 @@ cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, int64
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared_bytes > kSharedByDefault) {
+    // As much as there is, whatever this launch takes: the setting is the kernel's, and another
+    // thread that sets less in between would make the launch fail.
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+                                                   static_cast<int>(most_shared()));
     if (error != cudaSuccess) return error;
   }
 #ifndef FASTFI_EMULATED

@@ -14,23 +14,26 @@ inline bool for_threads(const SolveProblem& p) {
   return p.objective != static_cast<int>(Objective::kRow) && p.n <= 9;
 }
 
-inline int64_t team_blocks(const SolveProblem& p) {
-  const int64_t problems = p.samples * p.blocks;
-  const int64_t in_block = kTeamThreads / (p.n <= kLargestShared ? 16 : 32);
-  int64_t most_blocks = gpu::kMostTeamBlocks;
-  if (p.n > kLargestShared) {
+// Blocks of teams for so many problems of n rows, `each` doubles of scratch for one.
+inline int64_t team_blocks(int64_t problems, int64_t n, int64_t each) {
+  const int64_t in_block = kTeamThreads / (n <= kLargestShared ? 16 : 32);
+  int64_t most = gpu::most_blocks(8192);
+  if (n > kLargestShared) {
     constexpr int64_t kWorkspaceDoubles = int64_t{64} << 20;  // 512 MiB
-    const int64_t each = in_block * team_scratch(p.rule, p.n, p.classes);
-    most_blocks = gpu::most(1, gpu::least(gpu::kMostWorkspaceBlocks, kWorkspaceDoubles / each));
+    most = gpu::most(1, gpu::least(gpu::most_blocks(1056), kWorkspaceDoubles / (in_block * each)));
   }
-  return gpu::least((problems + in_block - 1) / in_block, most_blocks);
+  return gpu::least((problems + in_block - 1) / in_block, most);
+}
+
+inline int64_t solve_team_blocks(const SolveProblem& p) {
+  return team_blocks(p.samples * p.blocks, p.n, team_scratch(p.rule, p.n, p.classes));
 }
 
 // Doubles of workspace: a list of problems, or the scratch of teams that is too large to be shared.
 inline int64_t solve_doubles(const SolveProblem& p) {
   if (for_threads(p)) return p.rule == Rule::kDamped ? 0 : 1 + p.samples * p.blocks;
   if (p.n <= kLargestShared) return 0;
-  return team_blocks(p) * (kTeamThreads / 32) * team_scratch(p.rule, p.n, p.classes);
+  return solve_team_blocks(p) * (kTeamThreads / 32) * team_scratch(p.rule, p.n, p.classes);
 }
 
 template <Rule R>
@@ -38,10 +41,10 @@ cudaError_t launch_teams(const SolveProblem& p, const int64_t* list, double* wor
                          cudaStream_t stream) {
   const int64_t scratch = team_scratch(R, p.n, p.classes);
   if (p.n <= kLargestShared)
-    return gpu::launch(solve_team_kernel<R, 16>, team_blocks(p), kTeamThreads,
+    return gpu::launch(solve_team_kernel<R, 16>, solve_team_blocks(p), kTeamThreads,
                        8 * scratch * (kTeamThreads / 16), stream,
                        TeamSolve{p, list, nullptr, scratch});
-  return gpu::launch(solve_team_kernel<R, 32>, team_blocks(p), kTeamThreads, 0, stream,
+  return gpu::launch(solve_team_kernel<R, 32>, solve_team_blocks(p), kTeamThreads, 0, stream,
                      TeamSolve{p, list, workspace, scratch});
 }
 

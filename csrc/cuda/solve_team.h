@@ -54,21 +54,33 @@ __device__ inline void leave(int64_t* list, int64_t place) {
   list[1 + at] = place;
 }
 
+// A team's own scratch. Which memory it is in is known at compile time: generic accesses are
+// slower.
+template <int L>
+__device__ double* team_memory(double* workspace, int64_t each) {
+  const int64_t in_block = threadIdx.x / L;
+  if constexpr (L == 16) {
+    FASTFI_SHARED(shared);
+    return shared + in_block * each;
+  } else {
+    return workspace + (int64_t{blockIdx.x} * (kTeamThreads / L) + in_block) * each;
+  }
+}
+
 struct TeamSolve {
   SolveProblem problem;
   const int64_t* list;  // null: all problems
-  double* workspace;    // null: shared memory
+  double* workspace;    // of teams of 32; those of 16 work in shared memory
   int64_t scratch;      // doubles for each team
 };
 
 template <Rule R, int L>
 __global__ void __launch_bounds__(kTeamThreads) solve_team_kernel(TeamSolve s) {
-  FASTFI_SHARED(shared);
   using T = Lanes<L>;
   const SolveProblem& p = s.problem;
   const int64_t in_block = threadIdx.x / L, teams = int64_t{gridDim.x} * (kTeamThreads / L);
   const int64_t team = int64_t{blockIdx.x} * (kTeamThreads / L) + in_block;
-  double* scratch = s.workspace ? s.workspace + team * s.scratch : shared + in_block * s.scratch;
+  double* scratch = team_memory<L>(s.workspace, s.scratch);
   const int64_t many = s.list ? s.list[0] : p.samples * p.blocks, size = p.n * p.n;
   for (int64_t i = team; i < many; i += teams) {
     const int64_t at = s.list ? s.list[1 + i] : i;

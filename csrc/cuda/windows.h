@@ -48,9 +48,7 @@ inline int64_t window_team_doubles(const WindowProblem& p) {
 }
 
 inline int64_t window_team_blocks(const WindowProblem& p) {
-  SolveProblem s = as_solve(p);
-  s.samples = samples_at_once(p) * windows_each(p);
-  return team_blocks(s);
+  return team_blocks(samples_at_once(p) * windows_each(p), p.n, window_team_doubles(p));
 }
 
 // Doubles of workspace: metrics and the list, or the scratch of teams that is too large to be

@@ -89,9 +89,11 @@ __device__ double pixel_vector(const WindowProblem& p, const WindowMetric& m, co
   return h;
 }
 
-// Where a block's tile of windows lies.
+// Where a block's tile of windows lies. What counts places in it fits 32 bits, as its sums do
+// shared memory: divisions of 64-bit integers would take longer than a window's additions.
 struct Tile {
-  int64_t sample, group, z, y, x, lines, columns, stride;
+  int64_t sample, group, z, y, x;
+  int lines, columns, stride;
 
   __device__ explicit Tile(const SmallWindows& s) {
     const WindowProblem& p = s.windows.problem;
@@ -103,9 +105,9 @@ struct Tile {
     z = block % p.depth, block /= p.depth;
     group = block % s.windows.groups();
     sample = block / s.windows.groups();
-    lines = gpu::least(s.lines, p.height - y);
-    columns = gpu::least(s.columns, p.width - x);
-    stride = s.columns + 2 * s.reach;
+    lines = static_cast<int>(gpu::least(s.lines, p.height - y));
+    columns = static_cast<int>(gpu::least(s.columns, p.width - x));
+    stride = static_cast<int>(s.columns + 2 * s.reach);
   }
 };
 
@@ -117,8 +119,8 @@ __device__ void add_lines(const SmallWindows& s, const Tile& t, const WindowMetr
   const WindowProblem& p = s.windows.problem;
   const int64_t row = p.channels * p.depth * p.height * p.width, first = t.sample * p.n * row;
   const int64_t channel0 = p.joint ? 0 : t.group, channel1 = p.joint ? p.channels : t.group + 1;
-  for (int64_t item = threadIdx.x; item < t.lines * t.stride; item += kWindowThreads) {
-    const int64_t line = item / t.stride, column = item % t.stride;
+  for (int item = threadIdx.x; item < t.lines * t.stride; item += kWindowThreads) {
+    const int line = item / t.stride, column = item % t.stride;
     const int64_t x = t.x + column - s.reach, y = t.y + line;
     double* to = sums + line * (kSums<R, NS> * t.stride) + column;
     double sum[kSums<R, NS>], q[NS];
@@ -218,8 +220,8 @@ __global__ void __launch_bounds__(kWindowThreads) window_small_kernel(SmallWindo
     add_lines<R, NS>(s, t, m, metric, before, radius, sums);
     before = radius;
     __syncthreads();
-    for (int64_t item = threadIdx.x; item < t.lines * t.columns; item += kWindowThreads) {
-      const int64_t line = item / t.columns, column = item % t.columns;
+    for (int item = threadIdx.x; item < t.lines * t.columns; item += kWindowThreads) {
+      const int line = item / t.columns, column = item % t.columns;
       const int64_t pixel = (t.z * p.height + t.y + line) * p.width + t.x + column;
       const int64_t slot = (t.sample * p.scales + w.slot[scale]) * w.groups() + t.group;
       const int64_t at = slot * w.pixels() + pixel;

@@ -75,20 +75,19 @@ inline __host__ __device__ SolveProblem as_solve(const WindowProblem& p) {
 struct TeamWindows {
   Windows windows;
   const int64_t* list;  // places in the output; null: all windows of all scales
-  double* workspace;    // null: shared memory
+  double* workspace;    // of teams of 32; those of 16 work in shared memory
   int64_t scratch;      // doubles for each team, the Gram matrix included
 };
 
 template <Rule R, int L>
 __global__ void __launch_bounds__(kTeamThreads) window_team_kernel(TeamWindows s) {
-  FASTFI_SHARED(shared);
   using T = Lanes<L>;
   const Windows& w = s.windows;
   const WindowProblem& p = w.problem;
   const SolveProblem solve = as_solve(p);
   const int64_t in_block = threadIdx.x / L, teams = int64_t{gridDim.x} * (kTeamThreads / L);
   const int64_t team = int64_t{blockIdx.x} * (kTeamThreads / L) + in_block;
-  double* scratch = s.workspace ? s.workspace + team * s.scratch : shared + in_block * s.scratch;
+  double* scratch = team_memory<L>(s.workspace, s.scratch);
   const int64_t groups = w.groups(), pixels = w.pixels();
   const int64_t many = s.list ? s.list[0] : p.samples * w.count * groups * pixels;
   for (int64_t i = team; i < many; i += teams) {

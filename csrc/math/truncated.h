@@ -92,6 +92,7 @@ FASTFI_HD void solve_factor(const V* factor, const V* sqrt_p, Index<V> label, co
   // Rows converge when every cosine is at rounding level; one-sided Jacobi needs 5 to 8 sweeps.
   const double cosine = 2.220446049250313e-16 * static_cast<double>(classes);
   for (int sweep = 0; sweep < 40; ++sweep) {
+    T::sync();  // all have read the last rotation's norms
     for (int64_t i = 0; i < steps; ++i) {
       const V square = team_dot<T>(a + i * classes, a + i * classes, classes);
       if (T::leads()) norm[i] = square;
@@ -100,13 +101,14 @@ FASTFI_HD void solve_factor(const V* factor, const V* sqrt_p, Index<V> label, co
     // Round robin: the pairs of a round share no row, so that their rotations overlap in the
     // pipeline. With an odd number of rows one of them has no partner in each round. The order is
     // that of most_rows, whatever the rank: other lanes must not change this one's.
-    const int64_t players = most_rows + (most_rows & 1);
+    const int64_t players = most_rows + (most_rows & 1), rounds = players - 1;
     bool turned = false;
-    for (int64_t round = 0; round + 1 < players; ++round)
+    for (int64_t round = 0; round < rounds; ++round)
       for (int64_t pair = 0; 2 * pair < players; ++pair) {
-        const int64_t left = (round + pair) % (players - 1);
-        const int64_t right =
-            pair == 0 ? players - 1 : (round + players - 1 - pair) % (players - 1);
+        // Modulo `rounds`: a GPU takes as long for two divisions as for a rotation.
+        const int64_t up = round + pair, down = round - pair;
+        const int64_t left = up < rounds ? up : up - rounds;
+        const int64_t right = pair == 0 ? rounds : down < 0 ? down + rounds : down;
         const int64_t i = left < right ? left : right, j = left < right ? right : left;
         if (j < steps)
           turned |= jacobi_rotate<V, T>(a + i * classes, a + j * classes, classes, cosine, norm + i,

@@ -7,6 +7,7 @@ All memory comes from torch's allocator, and calls can be captured in a CUDA gra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,9 +34,11 @@ def _stream(device: torch.device) -> int:
 def _run(problem: Any, like: Tensor) -> None:
     """Runs a prepared problem on the current stream of a tensor's device."""
     device = like.device
-    # Freed when this function returns: what the stream does later with this memory comes after.
-    workspace = like.new_empty(problem.workspace(), dtype=torch.float64)
-    problem.run(device.index or 0, _stream(device), workspace.data_ptr())
+    # Current for torch too, which then has no need of a context on another device.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        # Freed when this function returns: what the stream does later with this memory comes after.
+        workspace = like.new_empty(problem.workspace(), dtype=torch.float64)
+        problem.run(device.index or 0, _stream(device), workspace.data_ptr())
 
 
 def _address(t: Tensor | None) -> int:
