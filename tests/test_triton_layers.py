@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fastfi.backends import blas, triton_direct, triton_layers, triton_plan
+from fastfi.backends import blas, triton_direct, triton_ghost, triton_layers, triton_plan
 from fastfi.backends.triton_packing import accumulate_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
@@ -239,13 +239,41 @@ def test_layouts(ghost: bool) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("ghost", [False, True])
+def test_narrow_tiles(monkeypatch: pytest.MonkeyPatch, ghost: bool) -> None:
+    """Where shared memory is small, more than 64 rows are pairs of blocks."""
+    monkeypatch.setattr(triton_layers, "_widest", lambda device: 64)
+    columns = triton_ghost.COLUMNS if ghost else triton_direct.COLUMNS
+    for n in (1, 9, 33, 64, 65, 130, 200):
+        p = triton_plan.plan(n, 1, 7, 50, 40, columns, 64)
+        assert p.rows <= p.width <= 64 and p.blocks * p.rows >= n
+    assert_linear(*linear_arguments((1, 3, 2, 2), 70), ghost)
+
+
+@pytest.mark.parametrize("ghost", [False, True])
+@pytest.mark.parametrize("shape", [(4, 1), (1, 3), (1, 1)])
+def test_expanded_pixels(shape: tuple[int, int], ghost: bool) -> None:
+    """As means over one dimension send cotangents back: strides of 0 beside others are not taken
+    for one dimension."""
+    geometry = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    x = torch.randn(2, 3, *shape, device=DEVICE).expand(2, 3, 4, 3)
+    rows = [torch.randn(2, 5, *shape, device=DEVICE).expand(2, 5, 4, 3) for _ in range(3)]
+    copies = [t.contiguous() for t in rows]
+    want = triton_layers.conv_gram(x.contiguous(), copies, *geometry, ghost)
+    for inputs, d in ((x, rows), (x.contiguous(), rows), (x, copies)):
+        assert torch.equal(triton_layers.conv_gram(inputs, d, *geometry, ghost), want)
+
+
 def test_what_is_copied() -> None:
     x = torch.randn(2, 3, 4, 5)
     last = x.contiguous(memory_format=torch.channels_last)
     for t, stride in ((x, (60, 20, 1)), (last, (60, 1, 3)), (x[:1], (0, 20, 1))):
         (same,), got = triton_layers._alike([t])
         assert same is t and got == stride
-    for tensors in ([x, last], [x[..., :4]], [x.mT]):
+    (same,), got = triton_layers._alike([x[:, :, :1, :1].expand(2, 3, 4, 5)])
+    assert same.stride() == (60, 20, 0, 0) and got == (60, 20, 0)
+    half = x[:, :, :, :1].expand(2, 3, 4, 5)
+    for tensors in ([x, last], [x[..., :4]], [x.mT], [half]):
         copies, got = triton_layers._alike(tensors)
         assert got == (3 * tensors[0][0, 0].numel(), tensors[0][0, 0].numel(), 1)
         assert all(t.is_contiguous() for t in copies)

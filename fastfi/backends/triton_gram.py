@@ -260,17 +260,19 @@ def _gram(rows: Tensor, offsets: Tensor | None) -> Tensor:
             _few_rows[grid](
                 rows, offsets, parts, columns // unit, groups, stride, splits,
                 R=count, VEC=vector, UNIT=unit, LANES=32 * _WARPS, OFFSETS=offsets is not None,
-                num_warps=_WARPS,
+                num_warps=_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         else:
             _many_rows[grid](
                 rows, offsets, parts, columns // unit, count, groups, stride, splits,
                 UNIT=unit, SIDE=side, STEP=32, OFFSETS=offsets is not None,
-                num_warps=4 if side < 64 else 8,
+                num_warps=4 if side < 64 else 8, enable_fp_fusion=True,
             )  # fmt: skip
         if splits > 1:
             grid = (triton.cdiv(out.numel(), 256),)
-            _add_parts[grid](parts, out, splits, count * count, out.numel(), BLOCK=256)
+            _add_parts[grid](
+                parts, out, splits, count * count, out.numel(), BLOCK=256, enable_fp_fusion=True
+            )
     return out
 
 

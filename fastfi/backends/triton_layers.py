@@ -2,7 +2,7 @@
 
 A layer's input is read as patches of pixels, by strides and a table of each patch's pixels, and the
 rows' cotangents by a table of addresses: nothing is unfolded, stacked or copied, unless the rows
-lie in memory in different ways. Nothing waits for the device.
+lie in memory in different ways. Nothing waits for the device, but the first call for a geometry.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fastfi._ops import check_conv_gram, check_linear_gram
@@ -53,13 +54,13 @@ class _Layer(NamedTuple):
 def _merged(t: Tensor) -> tuple[int, int, int] | None:
     """The strides of t [B, C, *sizes] as [B, C, size], if it has them: 0 where a size is 1."""
     sizes, strides = t.shape[2:], t.stride()[2:]
-    last, span = 0, 0
+    last, span = 0, -1  # of an expanded dimension the span is 0, which is no reason to merge it
     for size, stride in reversed(list(zip(sizes, strides, strict=True))):
         if size == 1:
             continue
-        if span and stride != span:
+        if span >= 0 and stride != span:
             return None
-        last, span = last if span else stride, stride * size
+        last, span = stride if span < 0 else last, stride * size
     first = [0 if n == 1 else s for n, s in zip(t.shape[:2], t.stride()[:2], strict=True)]
     return first[0], first[1], last
 
@@ -86,17 +87,28 @@ def _to_device(t: Tensor, device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
+@lru_cache(maxsize=16)
+def _widest(device: torch.device) -> int:
+    """The most lines of a tile: 128 take as many KiB of shared memory where a GPU has no fast
+    float64 tensor cores (all but A100's and H100's kind), and those have 99."""
+    if device.type != "cuda":
+        return 128
+    shared = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return 128 if shared["max_shared_mem"] >= 160 << 10 else 64
+
+
 @lru_cache(maxsize=256)
 def _patches_on(g: Geometry, spatial: tuple[int, ...], device: torch.device) -> Tensor:
-    """The pixel under each tap of each patch, or -1: int32 [T, taps]."""
-    return _to_device(_patches(g, spatial), device)
+    """The pixel under each tap of each patch, or -1: int32 [T, taps]. Kept for calls on any
+    stream, so it is there, not on its way, when this returns."""
+    return _patches(g, spatial).to(device)
 
 
 @lru_cache(maxsize=256)
 def _only_patch(g: Geometry, spatial: tuple[int, ...], device: torch.device) -> Tensor:
     """The pixels of a layer's only patch, without those beyond the border: int64 [pixels]."""
     at = _patches(g, spatial)[0].long()
-    return _to_device(at[at >= 0], device)
+    return at[at >= 0].to(device)
 
 
 def _work(x: Tensor, d: torch.dtype, allow_tf32: bool) -> tuple[torch.dtype, str]:
@@ -118,7 +130,7 @@ def _gram(layer: _Layer, ghost: bool, allow_tf32: bool) -> Tensor:
         return torch.zeros(batch, n, n, dtype=torch.float64, device=device)
     of = ghost_.COLUMNS if ghost else direct.COLUMNS
     length = layer.positions if ghost else columns
-    p = plan(n, layer.groups, layer.outputs, layer.positions, length, of)
+    p = plan(n, layer.groups, layer.outputs, layer.positions, length, of, _widest(device))
     inner = layer.groups * layer.positions**2 if ghost else 0  # numbers of S
     if ghost and _by_pixels(layer):
         inner += layer.groups * layer.x.shape[2:].numel() ** 2

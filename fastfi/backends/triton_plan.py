@@ -45,10 +45,10 @@ class Plan(NamedTuple):
     parts: int
 
 
-def _width(n: int, outputs: int, terms: int) -> int:
+def _width(n: int, outputs: int, terms: int, widest: int) -> int:
     """Lines of a tile: the fewest operations, counting the padding, the product that is folded, and
     the other factor's tile, which is loaded anew for each of them."""
-    widths = [w for w in ((16, 32, 64) if n <= 32 else (64, 128)) if w >= n]
+    widths = [w for w in ((16, 32, 64) if n <= 32 else (64, 128)) if n <= w <= widest]
 
     def cost(width: int) -> int:
         return -(-outputs // (width // n)) * (terms * (width + 16) + width * width)
@@ -57,13 +57,19 @@ def _width(n: int, outputs: int, terms: int) -> int:
 
 
 def plan(
-    n: int, groups: int, outputs: int, terms: int, columns: int, tiles: Mapping[int, int]
+    n: int,
+    groups: int,
+    outputs: int,
+    terms: int,
+    columns: int,
+    tiles: Mapping[int, int],
+    widest: int = MOST_ROWS,
 ) -> Plan:
     """Splits ``groups`` times [n * outputs, columns] numbers, each a sum of ``terms`` products.
-    ``tiles`` are the most columns of a tile, by its lines."""
-    blocks = -(-n // MOST_ROWS)
+    ``tiles`` are the most columns of a tile, by its lines; ``widest`` the most lines, 64 or 128."""
+    blocks = -(-n // min(MOST_ROWS, widest))
     rows = -(-n // blocks)
-    width = _width(rows, outputs, terms)
+    width = _width(rows, outputs, terms, widest)
     tile = power_of_two(columns, 16, tiles[width])
     most = max(1, min(PARTS, PART_BYTES // (8 * n * n)))
 

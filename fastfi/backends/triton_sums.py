@@ -146,6 +146,6 @@ def channel_sums(d: Sequence[Tensor], factor: Sequence[Tensor]) -> Tensor:
             table.to(out.device, non_blocking=True), out, batch, out.shape[1], len(d),
             PAIRS=triton.next_power_of_2(len(d)),
             TYPE=tl.float32 if out.dtype == torch.float32 else tl.float64,
-            VECTOR=16 // out.element_size(), BLOCK=_BLOCK, KINDS=_KINDS,
+            VECTOR=16 // out.element_size(), BLOCK=_BLOCK, KINDS=_KINDS, enable_fp_fusion=True,
         )  # fmt: skip
     return out
