@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,18 +47,24 @@ class Section(NamedTuple):
         module, function: what does it; imported when its turn comes.
         seconds: that it may take.
         needs: sections without which it says nothing.
+        shares: names of its parts, for processes side by side: where nothing is timed, so that
+            compiling the kernels, seconds for each of a hundred, takes all cores.
     """
 
     module: str
     function: str
     seconds: float
     needs: tuple[str, ...] = ()
+    shares: tuple[tuple[str, ...], ...] = ()
 
+
+SHARES = (("conv_gram",), ("linear_gram",), ("gram",), ("segment_gram", "channel_sums"),
+          ("solve_exact", "solve_truncated", "solve_damped"), ("window_influence",))  # fmt: skip
 
 SECTIONS = {
     "environment": Section("gpu_machine", "environment", 40),
     "ceilings": Section("gpu_machine", "ceilings", 40),
-    "check": Section("gpu_checks", "check", 150),
+    "check": Section("gpu_checks", "check", 150, shares=SHARES),
     "times": Section("gpu_times", "times", 80, ("ceilings", "check")),
     "layers": Section("gpu_layers", "layers", 60, ("ceilings", "check")),
     "network": Section("gpu_network", "network_section", 110, ("check",)),
@@ -141,22 +148,36 @@ def run_section(name: str, report: Report, options: dict[str, Any], seconds: flo
 
 
 def _apart(name: str, report: Report, options: dict[str, Any], seconds: float) -> None:
-    """Runs one section in a process of its own."""
+    """Runs one section in a process of its own, or its shares in one each, at once."""
+    shares = SECTIONS[name].shares or ((),)
     with tempfile.TemporaryDirectory() as folder:
-        state, stream = Path(folder) / "state.json", Path(folder) / "found.jsonl"
-        given = {"options": options, "facts": report.facts, "seconds": seconds}
-        state.write_text(json.dumps(given))
-        command = [sys.executable, "-m", "bench.gpu", "--section", name, str(state), str(stream)]
-        before = len(report.failures)
-        try:
-            # Longer than the section's own limit, which lets it end in order.
-            status = subprocess.run(command, cwd=ROOT, check=False, timeout=seconds + 20).returncode
-            why = f"ended with status {status}" if status else ""
-        except subprocess.TimeoutExpired:
-            why = f"was stopped after {seconds + 20:.0f} s"
-        report.read(stream)
-        if why and len(report.failures) == before:
-            report.fail(name, "process", f"the section's process {why}")
+
+        def process(number: int) -> tuple[Path, str]:
+            """What the process wrote, and why it ended, if not in order."""
+            state, stream = Path(folder) / f"{number}.json", Path(folder) / f"{number}.jsonl"
+            own = {**options, "share": shares[number]}
+            given = {"options": own, "facts": report.facts, "seconds": seconds}
+            state.write_text(json.dumps(given))
+            command = [sys.executable, "-m", "bench.gpu", "--section", name]
+            threads = str(max(1, (os.cpu_count() or 1) // len(shares)))
+            variables = {"OMP_NUM_THREADS": threads} if len(shares) > 1 else {}
+            try:
+                # Longer than the section's own limit, which lets it end in order.
+                status = subprocess.run(
+                    [*command, str(state), str(stream)], cwd=ROOT, check=False,
+                    timeout=seconds + 20, env={**os.environ, **variables},
+                ).returncode  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return stream, f"was stopped after {seconds + 20:.0f} s"
+            return stream, f"ended with status {status}" if status else ""
+
+        with ThreadPoolExecutor(len(shares)) as pool:
+            ends = list(pool.map(process, range(len(shares))))
+        for share, (stream, why) in zip(shares, ends, strict=True):
+            before = len(report.failures)
+            report.read(stream)
+            if why and len(report.failures) == before:
+                report.fail(name, ", ".join(share) or "process", f"the section's process {why}")
 
 
 def _child(name: str, state: str, stream: str) -> int:
@@ -238,6 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     o = _parser().parse_args(argv)
     # Of fixed size, or cuBLAS is not deterministic, which poisoned memory goes along with.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if not o.rehearse:
+        os.environ.pop("TRITON_INTERPRET", None)  # or kernels would run on the host
     options: dict[str, Any] = {
         "device": "cpu" if o.rehearse else o.device,
         "rehearse": o.rehearse,

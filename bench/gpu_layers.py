@@ -27,11 +27,13 @@ ROWS = 9
 # T, D, O: a vision transformer's and a language model's projections, a head.
 LINEAR = [(65, 192, 576), (65, 192, 768), (197, 768, 768), (197, 768, 3072), (1, 2048, 1000)]
 MOST_GHOST = 1024  # positions: beyond, their S alone takes megabytes a sample
-_BYTES = 1 << 30  # of one call's inputs, which is many times the cache
+_BYTES = 1 << 30  # of one call's inputs, at most
+_LEAST_BYTES = 256 << 20  # at least: many times the cache
 
 
 def _batch(run: Run, bytes_each: int) -> int:
-    return 2 if run.rehearsal else max(8, min(1024, _BYTES // bytes_each))
+    most = max(1024, _LEAST_BYTES // bytes_each)
+    return 2 if run.rehearsal else max(8, min(most, _BYTES // bytes_each))
 
 
 def _few(batch: int) -> int:
@@ -81,7 +83,8 @@ def _convolution(run: Run, shape: ConvShape, dtype: torch.dtype) -> dict[str, fl
         calls["ghost"] = partial(fused, x, d, *shape.form, True)
         calls["ghost, products"] = partial(blas.conv_gram, some, rows, *shape.form, True)
     ghost = ghost_is_cheaper(positions, shape.channels // shape.groups * taps,
-                             shape.outputs // shape.groups, ROWS, dtype, taps, pixels)  # fmt: skip
+                             shape.outputs // shape.groups, ROWS, dtype, taps, pixels,
+                             run.device)  # fmt: skip
     each += 8 * ROWS * ROWS
     return _ways(run, f"conv {shape.title()}", calls, batch, each, "ghost" if ghost else "direct")
 
@@ -97,7 +100,8 @@ def _linear(run: Run, sizes: tuple[int, int, int]) -> None:
     for name, ghost in (("direct", False), ("ghost", True)):
         calls[name] = partial(torch.ops.fastfi.linear_gram, a, d, ghost)
         calls[f"{name}, products"] = partial(blas.linear_gram, some, rows, ghost)
-    planned = "ghost" if ghost_is_cheaper(*sizes, ROWS, torch.float32) else "direct"
+    ghost = ghost_is_cheaper(*sizes, ROWS, torch.float32, device=run.device)
+    planned = "ghost" if ghost else "direct"
     title = f"linear T, D, O = {positions}, {inputs}, {outputs}"
     _ways(run, title, calls, batch, each + 8 * ROWS * ROWS, planned)
 

@@ -142,7 +142,9 @@ class Report:
         """Takes over what another process wrote."""
         if not stream.exists():
             return
-        for line in stream.read_text().splitlines():
+        for line in stream.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue  # it was stopped while it wrote
             entry = json.loads(line)
             if "row" in entry:
                 self.rows.setdefault(entry["section"], []).append(Row(**entry["row"]))

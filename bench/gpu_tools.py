@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from bench.gpu_report import Run
@@ -19,11 +21,16 @@ TAIL = 4000  # characters of an output that are kept
 
 # The tests of the operators and of the public calls on a device, in processes side by side. Others
 # are about the command line, readers and pictures.
+# Each file that has Triton compile kernels for minutes gets a process, or two.
 CHOSEN = (
-    ("test_on_device.py", "test_gram.py", "test_windows_op.py", "test_solve_properties.py"),
-    ("test_layer_ops.py", "test_ops.py", "test_segments.py", "test_windows_tiles.py"),
+    ("test_on_device.py",),
+    ("test_gram.py", "test_solve_properties.py"),
+    ("test_layer_ops.py",),
+    ("test_segments.py", "test_ops.py", "test_windows_op.py", "test_windows_tiles.py"),
     ("test_windows_properties.py", "test_windows_oracle.py"),
-    ("test_triton_gram.py", "test_triton_layers.py", "test_triton_sums.py"),
+    ("test_triton_gram.py", "-k", "test_integers"),
+    ("test_triton_gram.py", "-k", "not test_integers"),
+    ("test_triton_layers.py", "test_triton_sums.py"),
     ("test_solve_accuracy.py",),
 )
 
@@ -39,7 +46,14 @@ class _Program:
             env={**os.environ, **variables},
             stdout=self._file,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+
+    def stop(self) -> None:
+        """Ends it and what it started, which would keep the device busy."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def end(self, seconds: float) -> tuple[int | None, str]:
         """Waits so long; exit status (None: it was stopped), and the end of what it said."""
@@ -47,8 +61,7 @@ class _Program:
         try:
             status = self._process.wait(max(1.0, seconds))
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.stop()
             status = None
         self._file.seek(0)
         with self._file:
@@ -57,7 +70,9 @@ class _Program:
 
 def tests(run: Run) -> None:
     """Runs pytest with ``--device``; the chosen files, or all."""
-    groups: Sequence[Sequence[str]] = [[f"tests/{name}" for name in group] for group in CHOSEN]
+    groups: Sequence[Sequence[str]] = [
+        [f"tests/{word}" if word.endswith(".py") else word for word in group] for group in CHOSEN
+    ]
     if run.options.get("all_tests"):
         groups = [["tests"]]
     elif run.rehearsal:
@@ -65,9 +80,13 @@ def tests(run: Run) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=5", "--no-header"]
     command += ["-p", "no:cacheprovider", "--device", run.device]
     threads = str(max(1, (os.cpu_count() or 1) // len(groups)))
-    under_way = [_Program([*command, *files], OMP_NUM_THREADS=threads) for files in groups]
-    for files, program in zip(groups, under_way, strict=True):
-        status, output = program.end(run.left() - 5)
+    with ExitStack() as stack:
+        under_way = []
+        for files in groups:
+            under_way.append(_Program([*command, *files], OMP_NUM_THREADS=threads))
+            stack.callback(under_way[-1].stop)  # a key that is pressed does not reach it
+        ends = [program.end(run.left() - 5) for program in under_way]
+    for files, (status, output) in zip(groups, ends, strict=True):
         lines = output.strip().splitlines() or ["(nothing)"]
         title = f"tests of {' '.join(f.removeprefix('tests/') for f in files)}"
         run.note("tests", {title: {"status": status, "output": output}})
@@ -79,23 +98,28 @@ def tests(run: Run) -> None:
 
 
 def sanitize(run: Run) -> None:
-    """compute-sanitizer's memcheck and racecheck over :mod:`bench.gpu_small`; without them, that
-    script alone."""
+    """compute-sanitizer's memcheck and racecheck over :mod:`bench.gpu_small`, at once; without
+    them, that script alone."""
     script = [sys.executable, "-m", "bench.gpu_small", "--device", run.device]
     script += ["--seed", str(run.seed)]
     tools = ("memcheck", "racecheck") if run.device == "cuda" else ("",)
     checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    for number, tool in enumerate(tools):
-        with run.guard(tool or "small shapes"):
+    with ExitStack() as stack:
+        under_way = {}
+        for tool in tools:
             command = script
             if tool:
                 # Libraries provoke errors of the driver's interface and handle them; kernels'
                 # accesses are what counts. 9: an exit status that nothing else has.
                 command = [checker, "--tool", tool, "--error-exitcode", "9"]
                 command += ["--report-api-errors", "no", "--print-limit", "20", *script]
-            share = (run.left() - 5) / (len(tools) - number)
             # Every tensor an allocation of its own, or an access past its end would meet another.
-            status, output = _Program(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1").end(share)
+            with run.guard(tool or "small shapes"):
+                under_way[tool] = _Program(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+                stack.callback(under_way[tool].stop)
+        ends = {tool: program.end(run.left() - 5) for tool, program in under_way.items()}
+    for tool, (status, output) in ends.items():
+        with run.guard(tool or "small shapes"):
             name = tool or "small shapes, not on a GPU"
             run.note("sanitize", {name: {"status": status, "output": output}})
             met = status == 0 and "all operators right" in output

@@ -51,6 +51,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = SimpleNamespace(wait_stream=lambda other: None)
     fakes = {
         "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
         "Event": PretendedEvent,
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
