@@ -31,7 +31,7 @@ CHOSEN = (
     ("test_triton_gram.py", "-k", "test_integers"),
     ("test_triton_gram.py", "-k", "not test_integers"),
     ("test_triton_layers.py", "test_triton_sums.py"),
-    ("test_solve_accuracy.py",),
+    ("test_solve_accuracy.py", "test_cuda_graphs.py"),
 )
 
 
