@@ -87,6 +87,7 @@ def test_found(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "triton", raising=False)
     monkeypatch.setattr(fastfi, "__path__", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "fastfi._CUDA", raising=False)
+    monkeypatch.setattr(choose, "triton_is_old", lambda: False)
     assert choose.found() == (False, True)
     (tmp_path / "_CUDA.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "triton.py").unlink()

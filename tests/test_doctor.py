@@ -15,6 +15,7 @@ import torch
 
 import fastfi
 from fastfi import doctor
+from fastfi.backends import choose
 
 
 @pytest.fixture(autouse=True)
@@ -255,6 +256,7 @@ def test_a_gpu_that_is_too_old(monkeypatch, capsys, major, old):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 5))
     monkeypatch.setattr(doctor, "_lacking_for_triton", lambda: "")
+    monkeypatch.setattr(choose, "found", lambda: (False, True))
     assert doctor.main() == 0
     out = capsys.readouterr().out
     assert f"cuda:0: NVIDIA, 16 GiB, capability {major}.5" in out

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", "3.5")
 
 from triton_offline import Compiled, Request, compile_kernels, targets
 

@@ -11,7 +11,7 @@ from test_gram import DTYPES, U, integers
 from test_segments import by_definition, cuts
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", "3.5")
 
 from fastfi.backends import reference_windows, triton_gram
 from fastfi.backends.triton_gram import MOST_ROWS, gram, segment_gram

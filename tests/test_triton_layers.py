@@ -9,7 +9,7 @@ import torch
 from test_layer_ops import GEOMETRIES, Geometry, conv_arguments, conv_rows, linear_rows
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", "3.5")
 
 from fastfi.backends import blas, triton_direct, triton_ghost, triton_layers, triton_plan
 from fastfi.backends.triton_packing import accumulate_parts

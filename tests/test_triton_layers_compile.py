@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", "3.5")
 
 from triton_offline import Compiled, Request, compile_kernels, targets
 

@@ -7,7 +7,7 @@ import torch
 from test_gram import U, integers
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", "3.5")
 
 from fastfi.backends import triton_sums
 from fastfi.backends.triton_sums import channel_sums
