@@ -134,7 +134,7 @@ extensions = [
     )
 ]
 if NVCC:
-    shared = ["csrc/problems.h", *glob("csrc/math/*.h"), *glob("csrc/cuda/*")]
+    shared = [*glob("csrc/*.h"), *glob("csrc/math/*.h"), *glob("csrc/cuda/*")]
     extensions.append(
         Pybind11Extension(
             "fastfi._CUDA",

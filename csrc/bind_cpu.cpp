@@ -8,23 +8,21 @@
 #include <string>
 #include <vector>
 
+#include "bind_problems.h"
 #include "cpu/dispatch.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using fastfi::at;
 using fastfi::KernelTable;
+using fastfi::with_objective;
 
 const KernelTable& table_named(const std::string& name) {
   for (const KernelTable* const* t = fastfi::runnable_tables(); *t; ++t)
     if (name.empty() || name == (*t)->name) return **t;
   throw std::invalid_argument("instruction set '" + name + "' is not available on this CPU");
-}
-
-template <class T>
-T* at(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 void gram(std::uintptr_t rows, bool is_double, int64_t batch, int64_t count, int64_t columns,
@@ -42,23 +40,12 @@ void solve(int rule, std::uintptr_t gram, std::uintptr_t log_prob, std::uintptr_
            double eps, int64_t samples, int64_t blocks, int64_t n, int64_t classes,
            std::uintptr_t fi, std::uintptr_t rank, int threads, const std::string& isa) {
   const KernelTable& table = table_named(isa);
-  fastfi::SolveProblem p;
-  p.rule = static_cast<fastfi::Rule>(rule);
-  p.objective = label ? 0 : grad ? 1 : 2;
+  auto p = with_objective<fastfi::SolveProblem>(rule, log_prob, label, grad, tau, tolerance,
+                                                row_tolerance, eps, classes, fi, rank);
   p.gram = at<const double>(gram);
-  p.log_prob = at<const double>(log_prob);
-  p.label = at<const int64_t>(label);
-  p.grad = at<const double>(grad);
-  p.tau = at<const double>(tau);
-  p.tolerance = tolerance;
-  p.row_tolerance = row_tolerance;
-  p.eps = eps;
   p.samples = samples;
   p.blocks = blocks;
   p.n = n;
-  p.classes = classes;
-  p.fi = at<double>(fi);
-  p.rank = at<int64_t>(rank);
   fastfi::run_solve(table, p, threads);
 }
 
@@ -69,14 +56,12 @@ void windows(int rule, std::uintptr_t rows, bool is_double, const std::vector<in
              double eps, std::uintptr_t fi, std::uintptr_t rank, int threads,
              const std::string& isa) {
   const KernelTable& table = table_named(isa);
-  fastfi::WindowProblem p;
-  p.rule = static_cast<fastfi::Rule>(rule);
-  p.objective = label ? 0 : grad ? 1 : 2;
+  auto p = with_objective<fastfi::WindowProblem>(rule, log_prob, label, grad, tau, tolerance,
+                                                 row_tolerance, eps, classes, fi, rank);
   p.rows = at<const void>(rows);
   p.is_double = is_double;
   p.samples = shape.at(0);
   p.n = shape.at(1);
-  p.classes = classes;
   p.channels = shape.at(2);
   p.depth = shape.at(3);
   p.height = shape.at(4);
@@ -85,15 +70,6 @@ void windows(int rule, std::uintptr_t rows, bool is_double, const std::vector<in
   p.scales = static_cast<int64_t>(radius.size());
   p.radius = radius.data();
   p.slot = slot.data();
-  p.log_prob = at<const double>(log_prob);
-  p.label = at<const int64_t>(label);
-  p.grad = at<const double>(grad);
-  p.tau = at<const double>(tau);
-  p.tolerance = tolerance;
-  p.row_tolerance = row_tolerance;
-  p.eps = eps;
-  p.fi = at<double>(fi);
-  p.rank = at<int64_t>(rank);
   fastfi::run_windows(table, p, threads);
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_problems.h"
 #include "cuda/launch.h"
 
 #ifndef FASTFI_CUDA_TARGETS
@@ -17,34 +18,11 @@ namespace py = pybind11;
 
 namespace {
 
-template <class T>
-T* at(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+using fastfi::at;
+using fastfi::with_objective;
 
 void check(const char* error) {
   if (error) throw std::runtime_error(std::string("CUDA error: ") + error);
-}
-
-// Arguments that a solve and a window kernel have in common.
-template <class Problem>
-Problem with_objective(int rule, std::uintptr_t log_prob, std::uintptr_t label, std::uintptr_t grad,
-                       std::uintptr_t tau, double tolerance, double row_tolerance, double eps,
-                       int64_t classes, std::uintptr_t fi, std::uintptr_t rank) {
-  Problem p = {};
-  p.rule = static_cast<fastfi::Rule>(rule);
-  p.objective = label ? 0 : grad ? 1 : 2;
-  p.log_prob = at<const double>(log_prob);
-  p.label = at<const int64_t>(label);
-  p.grad = at<const double>(grad);
-  p.tau = at<const double>(tau);
-  p.tolerance = tolerance;
-  p.row_tolerance = row_tolerance;
-  p.eps = eps;
-  p.classes = classes;
-  p.fi = at<double>(fi);
-  p.rank = at<int64_t>(rank);
-  return p;
 }
 
 class Solve {

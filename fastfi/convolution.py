@@ -1,14 +1,15 @@
-"""The geometry of a convolution, and its patches as a matrix."""
+"""The geometry of a convolution, and its patches: as a matrix, and as places in the input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Geometry", "geometry", "unfold"]
+__all__ = ["Geometry", "geometry", "patches", "unfold"]
 
 
 class Geometry(NamedTuple):
@@ -61,6 +62,22 @@ def geometry(
         else:
             padding = [t // 2 for t in total]
     return x, Geometry(tuple(kernel), strides, _each(padding, dims), dilations, int(groups))
+
+
+@lru_cache(maxsize=256)
+def patches(g: Geometry, spatial: tuple[int, ...]) -> Tensor:
+    """The pixel under each tap of each patch, or -1: int32 [T, taps]."""
+    at = torch.zeros(1, 1, dtype=torch.int64)
+    inside = torch.ones(1, 1, dtype=torch.bool)
+    sizes = zip(
+        spatial, g.positions(spatial), g.kernel, g.stride, g.padding, g.dilation, strict=True
+    )
+    for size, positions, k, stride, padding, dilation in sizes:
+        one = stride * torch.arange(positions)[:, None] - padding + dilation * torch.arange(k)
+        at = (at[:, None, :, None] * size + one[None, :, None, :]).flatten(2).flatten(0, 1)
+        ok = (one >= 0) & (one < size)
+        inside = (inside[:, None, :, None] & ok[None, :, None, :]).flatten(2).flatten(0, 1)
+    return torch.where(inside, at, -1).to(torch.int32).contiguous()
 
 
 def unfold(x: Tensor, g: Geometry) -> Tensor:

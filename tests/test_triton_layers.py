@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", "3.5")
 
 from fastfi.backends import blas, triton_direct, triton_ghost, triton_layers, triton_plan
-from fastfi.backends.triton_packing import accumulate_parts
+from fastfi.backends.triton_parts import accumulate_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")
 

@@ -11,7 +11,7 @@ pytest.importorskip("triton", "3.5")
 
 from triton_offline import Compiled, Request, compile_kernels, targets
 
-from fastfi.backends import triton_direct, triton_ghost, triton_packing
+from fastfi.backends import triton_direct, triton_ghost, triton_parts
 
 NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 POINTERS = {"at": "*i32", "table": "*i64", "out": "*fp64", "parts": "*fp64", "s": "*fp64",
@@ -76,7 +76,7 @@ REQUESTS = {
         num_warps=triton_ghost.PRODUCTS_WARPS, num_stages=triton_ghost.STAGES,
         enable_fp_fusion=True,
     ),
-    "sums": request(triton_packing.accumulate_parts, "float64", {"BLOCK": 128, "STEP": 8},
+    "sums": request(triton_parts.accumulate_parts, "float64", {"BLOCK": 128, "STEP": 8},
                     enable_fp_fusion=True),
 }  # fmt: skip
 
@@ -89,7 +89,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
 @pytest.mark.parametrize("arch", targets())
 @pytest.mark.parametrize("name", list(REQUESTS))
 def test_no_tile_spills(name: str, arch: int, compiled: dict[tuple[str, int], Compiled]) -> None:
-    """But for a register or two, by compiler: a tile in local memory would take a thousand bytes.
+    """But for eight registers, by compiler: a tile in local memory would take a thousand bytes.
     And two programs' shared memory fits a multiprocessor of the A100."""
     code = compiled[name, arch]
     assert code.local_bytes <= 32

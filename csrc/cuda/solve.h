@@ -1,18 +1,11 @@
 // Which solve kernel a problem is given to. Included by one source for each rule.
 #pragma once
 
+#include "compiled_sizes.h"
 #include "launch.h"
 #include "solve_small.h"
 
 FASTFI_BEGIN
-
-// Contrasts that the kernels for one thread are compiled for. A problem takes the next larger one,
-// with absent classes in the places that are too many.
-constexpr int kCompiled[] = {1, 3, 6, 9};
-
-inline bool for_threads(const SolveProblem& p) {
-  return p.objective != static_cast<int>(Objective::kRow) && p.n <= 9;
-}
 
 // Blocks of teams for so many problems of n rows, `each` doubles of scratch for one.
 inline int64_t team_blocks(int64_t problems, int64_t n, int64_t each) {
@@ -31,7 +24,8 @@ inline int64_t solve_team_blocks(const SolveProblem& p) {
 
 // Doubles of workspace: a list of problems, or the scratch of teams that is too large to be shared.
 inline int64_t solve_doubles(const SolveProblem& p) {
-  if (for_threads(p)) return p.rule == Rule::kDamped ? 0 : 1 + p.samples * p.blocks;
+  if (for_threads(p.objective, p.classes))
+    return p.rule == Rule::kDamped ? 0 : 1 + p.samples * p.blocks;
   if (p.n <= kLargestShared) return 0;
   return solve_team_blocks(p) * (kTeamThreads / 32) * team_scratch(p.rule, p.n, p.classes);
 }
@@ -65,11 +59,10 @@ cudaError_t launch_small(const SolveProblem& p, double* workspace, cudaStream_t 
 
 template <Rule R>
 cudaError_t launch_solve(const SolveProblem& p, double* workspace, cudaStream_t stream) {
-  if (!for_threads(p)) return launch_teams<R>(p, nullptr, workspace, stream);
-  if (p.n <= kCompiled[0]) return launch_small<R, kCompiled[0]>(p, workspace, stream);
-  if (p.n <= kCompiled[1]) return launch_small<R, kCompiled[1]>(p, workspace, stream);
-  if (p.n <= kCompiled[2]) return launch_small<R, kCompiled[2]>(p, workspace, stream);
-  return launch_small<R, kCompiled[3]>(p, workspace, stream);
+  if (!for_threads(p.objective, p.classes)) return launch_teams<R>(p, nullptr, workspace, stream);
+  return with_contrasts(p.classes - 1, [&](auto size) {
+    return launch_small<R, decltype(size)::value>(p, workspace, stream);
+  });
 }
 
 FASTFI_END

@@ -10,6 +10,7 @@
 FASTFI_BEGIN
 
 constexpr int kSmallThreads = 128;
+
 struct SmallSolve {
   SolveProblem problem;
   int64_t* list;  // takes what is left; null for kDamped, which leaves nothing

@@ -27,10 +27,6 @@ bool choose_tile(SmallWindows* s) {
   return window_shared<R, NS>(*s) <= limit;
 }
 
-inline bool windows_for_threads(const WindowProblem& p) {
-  return p.objective != static_cast<int>(Objective::kRow) && p.classes - 1 <= 9;
-}
-
 // Windows of one sample, at the scales of one launch.
 inline int64_t windows_each(const WindowProblem& p) {
   const int64_t scales = gpu::least(p.scales, kMostScales);
@@ -55,7 +51,7 @@ inline int64_t window_team_blocks(const WindowProblem& p) {
 // shared.
 inline int64_t window_doubles(const WindowProblem& p) {
   const int64_t samples = samples_at_once(p);
-  if (windows_for_threads(p))
+  if (for_threads(p.objective, p.classes))
     return samples * metric_stride(p.classes) + 1 + samples * windows_each(p);
   if (p.n <= kLargestShared) return 0;
   return window_team_blocks(p) * (kTeamThreads / 32) * window_team_doubles(p);
@@ -100,12 +96,12 @@ cudaError_t launch_small_windows(const Windows& w, double* workspace, cudaStream
 // Some samples at some scales.
 template <Rule R>
 cudaError_t launch_part(const Windows& w, double* workspace, cudaStream_t stream) {
-  const int64_t r = w.problem.classes - 1;
-  if (!windows_for_threads(w.problem)) return launch_window_teams<R>(w, nullptr, workspace, stream);
-  if (r <= kCompiled[0]) return launch_small_windows<R, kCompiled[0]>(w, workspace, stream);
-  if (r <= kCompiled[1]) return launch_small_windows<R, kCompiled[1]>(w, workspace, stream);
-  if (r <= kCompiled[2]) return launch_small_windows<R, kCompiled[2]>(w, workspace, stream);
-  return launch_small_windows<R, kCompiled[3]>(w, workspace, stream);
+  const WindowProblem& p = w.problem;
+  if (!for_threads(p.objective, p.classes))
+    return launch_window_teams<R>(w, nullptr, workspace, stream);
+  return with_contrasts(p.classes - 1, [&](auto size) {
+    return launch_small_windows<R, decltype(size)::value>(w, workspace, stream);
+  });
 }
 
 template <Rule R>

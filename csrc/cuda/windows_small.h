@@ -34,13 +34,8 @@ struct SmallWindows {
 // Pointers into a sample's metric. A label outside the classes leaves -1 contrasts.
 inline __device__ WindowMetric metric_at(double* memory, int64_t classes) {
   WindowMetric m;
-  const double* extra = memory + window_metric_doubles(classes);
-  m.r = static_cast<int64_t>(extra[kContrasts]);
-  m.prob = memory + 2 * classes;
-  m.slope = memory + 3 * classes;
-  m.scale = memory + 4 * classes;
-  m.centre = memory + 5 * classes;
-  m.u = memory + 6 * classes;
+  place_metric(memory, classes, &m);
+  m.r = static_cast<int64_t>(memory[window_metric_doubles(classes) + kContrasts]);
   m.all = -1.0;
   return m;
 }
@@ -148,10 +143,12 @@ __device__ void add_lines(const SmallWindows& s, const Tile& t, const WindowMetr
   }
 }
 
-// One window by one thread, from the sums of its columns; whether it is finished.
+// One window by one thread, from the sums of its columns; whether it is finished. metric: m's
+// memory, in shared memory.
 template <Rule R, int NS>
 __device__ bool window_by_thread(const SmallWindows& s, const Tile& t, const WindowMetric& m,
-                                 const double* sums, int64_t across, double* fi, double* rank) {
+                                 const double* metric, const double* sums, int64_t across,
+                                 double* fi, double* rank) {
   const WindowProblem& p = s.windows.problem;
   constexpr int kRows = R == Rule::kDamped ? NS + 2 : NS + 1;
   double a[kRows * (kRows + 1) / 2];
@@ -163,13 +160,12 @@ __device__ bool window_by_thread(const SmallWindows& s, const Tile& t, const Win
   }
   if constexpr (R == Rule::kExact) {
     const int64_t k = p.classes;
-    double log_prob[NS + 1];
+    bool present[NS];
     FASTFI_UNROLL
-    for (int i = 0; i <= NS; ++i) log_prob[i] = i < k ? p.log_prob[t.sample * k + i] : -1e308;
-    const double* extra = s.metrics + t.sample * metric_stride(k) + window_metric_doubles(k);
-    *fi = extra[kClosed];
-    *rank = extra[kPresent];
-    return surely_independent<double, NS>(a, log_prob, p.tolerance);
+    for (int i = 0; i < NS; ++i) present[i] = i + 1 < k && metric[i + 1] > 0.0;
+    *fi = metric[window_metric_doubles(k) + kClosed];
+    *rank = metric[window_metric_doubles(k) + kPresent];
+    return surely_independent<double, NS>(a, present, p.tolerance);
   } else if constexpr (R == Rule::kTruncated) {
     a[packed(NS, NS)] = 0.0;
     double scratch[5 * NS];
@@ -195,7 +191,7 @@ __device__ void point_by_thread(const SmallWindows& s, const Tile& t, const Wind
   double q[NS + 1];
   q[NS] = pixel_vector<R, NS>(p, m, sqrt_p, at, row, q);
   const int64_t label = p.label ? p.label[t.sample] : 0;
-  const auto coordinate = [&](int64_t k) { return pick<NS + 1>(q, k < m.r ? k : NS); };
+  const auto coordinate = [&](int64_t k) { return of_class<NS>(q, k < m.r ? k : NS); };
   solve_point<double>(p, m, p.tau ? p.tau[t.sample] : 0.0, label, coordinate, fi, rank);
 }
 
@@ -217,9 +213,11 @@ __global__ void __launch_bounds__(kWindowThreads) window_small_kernel(SmallWindo
   for (int scale = 0; scale < w.count; ++scale) {
     const int64_t radius = w.radius[scale], across = gpu::least(radius, s.reach);
     const bool point = (radius == 0 || w.pixels() == 1) && (!p.joint || p.channels == 1);
-    add_lines<R, NS>(s, t, m, metric, before, radius, sums);
-    before = radius;
-    __syncthreads();
+    if (!point) {  // a pixel alone is read as it is; larger windows add it with their lines
+      add_lines<R, NS>(s, t, m, metric, before, radius, sums);
+      before = radius;
+      __syncthreads();
+    }
     for (int item = threadIdx.x; item < t.lines * t.columns; item += kWindowThreads) {
       const int line = item / t.columns, column = item % t.columns;
       const int64_t pixel = (t.z * p.height + t.y + line) * p.width + t.x + column;
@@ -231,8 +229,8 @@ __global__ void __launch_bounds__(kWindowThreads) window_small_kernel(SmallWindo
         point_by_thread<R, NS>(s, t, m, metric, pixel, &fi, &rank);
       else if (valid)
         done = window_by_thread<R, NS>(
-            s, t, m, sums + line * (kSums<R, NS> * t.stride) + column + s.reach - across, across,
-            &fi, &rank);
+            s, t, m, metric, sums + line * (kSums<R, NS> * t.stride) + column + s.reach - across,
+            across, &fi, &rank);
       if (!done) {
         leave(s.list, at);
         continue;

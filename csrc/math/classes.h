@@ -1,6 +1,7 @@
 // What every solve needs of the class probabilities, from their logarithms.
 #pragma once
 
+#include "pick.h"
 #include "team.h"
 
 FASTFI_BEGIN
@@ -15,6 +16,12 @@ FASTFI_HD void class_weights(const V* log_prob, int64_t classes, V* sqrt_p) {
     sqrt_p[k] = select(present, exp_of(half), V{});
   }
   T::sync();
+}
+
+// The entry of one class, of NS + 1 (of any number where NS is 0).
+template <int NS, class V, class I>
+FASTFI_HD V of_class(const V* values, I at) {
+  return pick<NS == 0 ? 0 : NS + 1>(values, at);
 }
 
 // a / sqrt_p, and 0 for an absent class.

@@ -78,7 +78,7 @@ FASTFI_HD void solve_damped(const V* gram, const V* log_prob, Index<V> label, co
     if (kind == Objective::kCrossEntropy) {
       const Mask<V> is_top = label == 0;
       const V inv_top = 1.0 / top;
-      const V inv_label = over_weight(V{} + 1.0, pick<NS == 0 ? 0 : NS + 1>(sqrt_p, label));
+      const V inv_label = over_weight(V{} + 1.0, of_class<NS>(sqrt_p, label));
       FASTFI_EACH(T, k, 0, r) {
         const V hit = select(label == k + 1, V{} + 1.0, V{});
         g[k] = p[k] * p[k] - hit;

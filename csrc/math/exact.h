@@ -22,7 +22,7 @@ FASTFI_HD V full_rank_influence(const V* sqrt_p, int64_t classes, Index<V> label
   V fi = V{};
   if (kind == Objective::kCrossEntropy) {
     FASTFI_EACH(T, k, 0, classes) fi += select(label == k, V{}, sqrt_p[k] * sqrt_p[k]);
-    const V inv_y = over_weight(V{} + 1.0, pick<NS == 0 ? 0 : NS + 1>(sqrt_p, label));
+    const V inv_y = over_weight(V{} + 1.0, of_class<NS>(sqrt_p, label));
     fi = T::sum(fi) * inv_y * inv_y;
   } else if (kind == Objective::kGradient) {
     FASTFI_EACH(T, k, 0, classes) {

@@ -53,7 +53,7 @@ FASTFI_HD Mask<V> solve_by_eigenvalues(const V* gram, const V* log_prob, Index<V
     for (int64_t k = 0; k < r; ++k) sum += gram[i * n + k] * sqrt_p[k + 1] * sqrt_p[k + 1];
     mean[i] = sum;
   }
-  const V p_y = kind == Objective::kCrossEntropy ? pick<NS == 0 ? 0 : NS + 1>(sqrt_p, label) : V{};
+  const V p_y = kind == Objective::kCrossEntropy ? of_class<NS>(sqrt_p, label) : V{};
   const V factor = p_y * p_y / (p_y * p_y + eps);
   const Mask<V> other = label > 0;
   const Index<V> row = select(other, label - 1, Index<V>{});

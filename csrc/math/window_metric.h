@@ -25,6 +25,15 @@ struct WindowMetric {
 
 FASTFI_HD int64_t window_metric_doubles(int64_t classes) { return 8 * classes; }
 
+// The pointers into the memory of a metric, which begins with sqrt_p [classes].
+FASTFI_HD void place_metric(double* memory, int64_t classes, WindowMetric* m) {
+  m->prob = memory + 2 * classes;
+  m->slope = m->prob + classes;
+  m->scale = m->slope + classes;
+  m->centre = m->scale + classes;
+  m->u = m->centre + classes;
+}
+
 // Fills `m` and the memory its pointers are made from; log_prob [classes], grad [classes].
 template <bool Damped>
 FASTFI_HD void window_metric(const double* log_prob, int64_t classes, int64_t label,
@@ -32,11 +41,7 @@ FASTFI_HD void window_metric(const double* log_prob, int64_t classes, int64_t la
                              WindowMetric* m) {
   double* sqrt_p = memory;
   double* normal = sqrt_p + classes;
-  m->prob = normal + classes;
-  m->slope = m->prob + classes;
-  m->scale = m->slope + classes;
-  m->centre = m->scale + classes;
-  m->u = m->centre + classes;
+  place_metric(memory, classes, m);
   double* share = m->u + classes;
   class_weights(log_prob, classes, sqrt_p);
   m->r = classes - 1;

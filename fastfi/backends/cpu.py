@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: allocate, check, pass addresses. As many threads as torch's own."""
+"""The compiled CPU kernels, with as many threads as torch's own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from fastfi import _C  # type: ignore[attr-defined]
-from fastfi._ops import INVERSES, check_gram, check_segments, check_solve, check_windows
-from fastfi.backends.reference import rank_tolerance
+from fastfi._ops import check_gram, check_segments
+from fastfi.backends import compiled
 
 __all__ = ["gram", "instruction_sets", "segment_gram", "solve_damped", "solve_exact"]
 __all__ += ["solve_truncated", "window_influence"]
-
-_EXACT, _TRUNCATED, _DAMPED = range(3)  # enum class Rule in csrc/cpu/kernels.h
 
 
 def instruction_sets() -> list[str]:
@@ -22,15 +20,8 @@ def instruction_sets() -> list[str]:
     return _C.instruction_sets()
 
 
-def _rows(rows: Tensor) -> Tensor:
-    """Rows as the kernels read them: contiguous, float32 or float64."""
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()  # exact
-    return rows.contiguous()
-
-
 def _gram(rows: Tensor, offsets: Tensor | None, isa: str) -> Tensor:
-    rows = _rows(rows)
+    rows = compiled.readable(rows)
     batch, count, columns = rows.shape
     segments = 1 if offsets is None else offsets.shape[1] - 1
     out = rows.new_empty((batch, segments, count, count), dtype=torch.float64)
@@ -76,42 +67,20 @@ def _check_labels(label: Tensor | None, classes: int) -> None:
             raise ValueError(f"expected label in 0..{classes - 1}, got values from {low} to {high}")
 
 
-def _solve(
-    rule: int,
-    gram: Tensor,
-    log_prob: Tensor,
-    label: Tensor | None,
-    grad: Tensor | None,
-    tau: Tensor | None,
-    tolerance: float,
-    row_tolerance: float,
-    eps: float,
-    isa: str,
-) -> tuple[Tensor, Tensor]:
-    _check_labels(label, log_prob.shape[1])
-    gram, log_prob = gram.contiguous(), log_prob.contiguous()
-    rest = [None if t is None else t.contiguous() for t in (label, grad, tau)]
-    shape = gram.shape[:-2]
-    fi = gram.new_empty(shape)
-    rank = gram.new_empty(0 if rule == _DAMPED else shape, dtype=torch.int64)
-    _C.solve(
-        rule,
-        gram.data_ptr(),
-        log_prob.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in rest),
-        tolerance,
-        row_tolerance,
-        eps,
-        shape[0],
-        shape[1:].numel(),
-        gram.shape[-1],
-        log_prob.shape[1],
-        fi.data_ptr(),
-        0 if rule == _DAMPED else rank.data_ptr(),
-        torch.get_num_threads(),
-        isa,
-    )
-    return fi, rank
+def _solves(isa: str) -> compiled.Run:
+    def run(like: Tensor, label: Tensor | None, classes: int, *arguments: object) -> None:
+        _check_labels(label, classes)
+        _C.solve(*arguments, torch.get_num_threads(), isa)
+
+    return run
+
+
+def _windows(isa: str) -> compiled.Run:
+    def run(like: Tensor, label: Tensor | None, classes: int, *arguments: object) -> None:
+        _check_labels(label, classes)
+        _C.windows(*arguments, torch.get_num_threads(), isa)
+
+    return run
 
 
 def solve_exact(
@@ -124,9 +93,7 @@ def solve_exact(
     isa: str = "",
 ) -> tuple[Tensor, Tensor]:
     """See :func:`reference.solve_exact`."""
-    check_solve("solve_exact", gram, log_prob, label, grad)
-    tolerance = rank_tolerance(rtol, log_prob.shape[1])
-    return _solve(_EXACT, gram, log_prob, label, grad, None, tolerance, rtol * rtol, 0.0, isa)
+    return compiled.solve_exact(_solves(isa), gram, log_prob, label, grad, rtol)
 
 
 def solve_truncated(
@@ -139,9 +106,7 @@ def solve_truncated(
     isa: str = "",
 ) -> tuple[Tensor, Tensor]:
     """See :func:`reference.solve_truncated`."""
-    check_solve("solve_truncated", gram, log_prob, label, grad)
-    tolerance = rank_tolerance(0.0, log_prob.shape[1])
-    return _solve(_TRUNCATED, gram, log_prob, label, grad, None, tolerance, 0.0, eps, isa)
+    return compiled.solve_truncated(_solves(isa), gram, log_prob, label, grad, eps)
 
 
 def solve_damped(
@@ -154,8 +119,7 @@ def solve_damped(
     isa: str = "",
 ) -> Tensor:
     """See :func:`reference.solve_damped`."""
-    check_solve("solve_damped", gram, log_prob, label, grad, tau)
-    return _solve(_DAMPED, gram, log_prob, label, grad, tau, 0.0, 0.0, 0.0, isa)[0]
+    return compiled.solve_damped(_solves(isa), gram, log_prob, label, grad, tau)
 
 
 def window_influence(
@@ -173,36 +137,7 @@ def window_influence(
     isa: str = "",
 ) -> tuple[Tensor, Tensor]:
     """See :func:`reference_windows.window_influence`."""
-    check_windows(rows, log_prob, label, grad, scales, channels, inverse, tau)
-    _check_labels(label, log_prob.shape[1])
-    rule = INVERSES.index(inverse)
-    rtol = parameter if rule == _EXACT else 0.0
-    rows, log_prob = _rows(rows), log_prob.contiguous()
-    rest = [None if t is None else t.contiguous() for t in (label, grad, tau)]
-    batch, n, colours, *spatial = rows.shape
-    groups = [] if channels == "joint" else [colours]
-    shape = [batch, len(scales), *groups, *spatial]
-    fi = log_prob.new_empty(shape)
-    with_rank = with_rank and rule != _DAMPED
-    rank = rows.new_empty(shape if with_rank else 0, dtype=torch.int64)
-    slots = sorted(range(len(scales)), key=lambda s: scales[s])
-    _C.windows(
-        rule,
-        rows.data_ptr(),
-        rows.dtype == torch.float64,
-        [batch, n, colours, *[1] * (3 - len(spatial)), *spatial],
-        log_prob.shape[1],
-        channels == "joint",
-        [scales[s] // 2 for s in slots],
-        slots,
-        log_prob.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in rest),
-        rank_tolerance(rtol, log_prob.shape[1]),
-        rtol * rtol,
-        parameter,
-        fi.data_ptr(),
-        rank.data_ptr() if with_rank else 0,
-        torch.get_num_threads(),
-        isa,
-    )
-    return (fi.mean(2) if channels == "mean" else fi), rank
+    return compiled.window_influence(
+        _windows(isa), rows, log_prob, label, grad, scales, channels, inverse, parameter, tau,
+        with_rank,
+    )  # fmt: skip

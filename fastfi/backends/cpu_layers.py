@@ -7,7 +7,6 @@ caches; direct products of large layers are BLAS's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from fastfi import _C  # type: ignore[attr-defined]
 from fastfi._ops import check_channel_sums, check_conv_gram, check_linear_gram
 from fastfi.backends import blas
-from fastfi.convolution import Geometry
+from fastfi.convolution import Geometry, patches
 
 __all__ = ["channel_sums", "conv_gram", "linear_gram"]
 
@@ -27,22 +26,6 @@ MOST_POSITIONS, MOST_PIXELS = 256, 576
 def _narrow(t: Tensor) -> Tensor:
     """As the kernels read it: float32 or float64."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
-@lru_cache(maxsize=256)
-def _patches(g: Geometry, spatial: tuple[int, ...]) -> Tensor:
-    """The pixel under each tap of each patch, or -1: int32 [T, taps]."""
-    at = torch.zeros(1, 1, dtype=torch.int64)
-    inside = torch.ones(1, 1, dtype=torch.bool)
-    sizes = zip(
-        spatial, g.positions(spatial), g.kernel, g.stride, g.padding, g.dilation, strict=True
-    )
-    for size, positions, k, stride, padding, dilation in sizes:
-        one = stride * torch.arange(positions)[:, None] - padding + dilation * torch.arange(k)
-        at = (at[:, None, :, None] * size + one[None, :, None, :]).flatten(2).flatten(0, 1)
-        ok = (one >= 0) & (one < size)
-        inside = (inside[:, None, :, None] & ok[None, :, None, :]).flatten(2).flatten(0, 1)
-    return torch.where(inside, at, -1).to(torch.int32).contiguous()
 
 
 def _ghost(
@@ -111,7 +94,7 @@ def conv_gram(
     x, rows = _narrow(x).contiguous(), [_narrow(t).contiguous() for t in d]
     channels, outputs = x.shape[1], d[0].shape[1]
     shape = (len(x), groups, channels // groups, pixels)
-    return _ghost(x, (channels * pixels, pixels, 1), shape, _patches(g, tuple(x.shape[2:])), rows,
+    return _ghost(x, (channels * pixels, pixels, 1), shape, patches(g, tuple(x.shape[2:])), rows,
                   (outputs * positions, positions, 1), outputs // groups, isa)  # fmt: skip
 
 

@@ -15,15 +15,13 @@ same bits alone and in any batch.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastfi._ops import check_gram, check_segments
+from fastfi.backends.triton_parts import add_parts, device_of
 
 __all__ = ["CHUNK", "MOST_ROWS", "gram", "segment_gram"]
 
@@ -211,24 +209,6 @@ def _many_rows(
         tl.store(here + j[None, :] * count + i[:, None], total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["splits", "entries", "size"])
-def _add_parts(parts, out, splits, entries, size, BLOCK: tl.constexpr):
-    """parts [N, splits, entries] -> out [N, entries], size = N * entries, in the parts' order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    first = parts + at // entries * splits * entries + at % entries
-    total = tl.zeros((BLOCK,), tl.float64)
-    for _ in range(splits):
-        total += tl.load(first, mask=mask, other=0.0)
-        first += entries
-    tl.store(out + at, total, mask=mask)
-
-
-def _device(t: Tensor) -> Any:
-    """Launches go to the current device, which need not be the tensor's."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
 def _gram(rows: Tensor, offsets: Tensor | None) -> Tensor:
     """[B, G, R, R]"""
     batch, count, columns = rows.shape
@@ -255,7 +235,7 @@ def _gram(rows: Tensor, offsets: Tensor | None) -> Tensor:
     splits = max(1, min(splits, _PROGRAMS // tiles))
     parts = out if splits == 1 else out.new_empty((batch, groups, splits, count, count))
     grid = (batch * groups * splits * tiles,)
-    with _device(rows):
+    with device_of(rows):
         if few:
             _few_rows[grid](
                 rows, offsets, parts, columns // unit, groups, stride, splits,
@@ -269,10 +249,7 @@ def _gram(rows: Tensor, offsets: Tensor | None) -> Tensor:
                 num_warps=4 if side < 64 else 8, enable_fp_fusion=True,
             )  # fmt: skip
         if splits > 1:
-            grid = (triton.cdiv(out.numel(), 256),)
-            _add_parts[grid](
-                parts, out, splits, count * count, out.numel(), BLOCK=256, enable_fp_fusion=True
-            )
+            add_parts(parts, out)
     return out
 
 

@@ -7,7 +7,6 @@ lie in memory in different ways. Nothing waits for the device, but the first cal
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,10 +18,9 @@ from torch import Tensor
 from fastfi._ops import check_conv_gram, check_linear_gram
 from fastfi.backends import triton_direct as direct
 from fastfi.backends import triton_ghost as ghost_
-from fastfi.backends.cpu_layers import _patches
-from fastfi.backends.triton_packing import accumulate_parts
+from fastfi.backends.triton_parts import add_parts, device_of
 from fastfi.backends.triton_plan import Plan, plan, power_of_two
-from fastfi.convolution import Geometry
+from fastfi.convolution import Geometry, patches
 
 __all__ = ["WORK_BYTES", "conv_gram", "linear_gram"]
 
@@ -77,11 +75,6 @@ def _alike(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, int, int
     return [t.contiguous() for t in tensors], (shape[1] * size, size, 1)
 
 
-def _device_guard(t: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The current device is the tensor's, for launches. The interpreter's tensors have none."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
 def _to_device(t: Tensor, device: torch.device) -> Tensor:
     """A copy that the host does not wait for."""
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
@@ -101,13 +94,13 @@ def _widest(device: torch.device) -> int:
 def _patches_on(g: Geometry, spatial: tuple[int, ...], device: torch.device) -> Tensor:
     """The pixel under each tap of each patch, or -1: int32 [T, taps]. Kept for calls on any
     stream, so it is there, not on its way, when this returns."""
-    return _patches(g, spatial).to(device)
+    return patches(g, spatial).to(device)
 
 
 @lru_cache(maxsize=256)
 def _only_patch(g: Geometry, spatial: tuple[int, ...], device: torch.device) -> Tensor:
     """The pixels of a layer's only patch, without those beyond the border: int64 [pixels]."""
-    at = _patches(g, spatial)[0].long()
+    at = patches(g, spatial)[0].long()
     return at[at >= 0].to(device)
 
 
@@ -137,7 +130,7 @@ def _gram(layer: _Layer, ghost: bool, allow_tf32: bool) -> Tensor:
     table = _to_device(torch.tensor([t.data_ptr() for t in layer.d]), device)  # [n]
     out = torch.empty(batch, n, n, dtype=torch.float64, device=device)
     size = max(1, min(batch, WORK_BYTES // (8 * (inner + p.parts * n * n))))
-    with _device_guard(layer.x):
+    with device_of(layer.x):
         for first in range(0, batch, size):
             part = out[first : first + size]  # [b, n, n]
             sums = part
@@ -148,10 +141,7 @@ def _gram(layer: _Layer, ghost: bool, allow_tf32: bool) -> Tensor:
             else:
                 _launch_direct(layer, p, table, first, sums, allow_tf32)
             if p.parts > 1:
-                block = power_of_two(n * n, 16, 256)
-                grid = (len(part) * -(-n * n // block),)
-                accumulate_parts[grid](sums, part, p.parts, n * n, BLOCK=block, STEP=8,
-                                       enable_fp_fusion=True)  # fmt: skip
+                add_parts(sums, part)
     return out
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["accumulate_parts", "block_pair", "cotangents", "fold", "packed_rows", "patches"]
+__all__ = ["block_pair", "cotangents", "fold", "packed_rows", "patches"]
 
 
 @triton.jit
@@ -110,19 +110,3 @@ def fold(gram, out, first, second, n, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     wanted = (r < ROWS)[:, None] & (r < ROWS)[None, :] & (i < n) & (j < n) & (i <= j)
     tl.store(out + i * n + j, sums, mask=wanted)
     tl.store(out + j * n + i, sums, mask=wanted & (i < j))
-
-
-@triton.jit(do_not_specialize=["count", "size"])
-def accumulate_parts(parts, out, count, size, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Sums parts [samples, count, size] -> out [samples, size] in a fixed order, whatever the
-    number of samples. One program for each sample and block of columns."""
-    blocks = tl.cdiv(size, BLOCK)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, count, STEP):
-        part = first + tl.arange(0, STEP)
-        at = parts + (sample * count + part)[:, None] * size + column[None, :]
-        inside = (part < count)[:, None] & (column < size)[None, :]
-        total += tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
-    tl.store(out + sample * size + column, total, mask=column < size)

@@ -10,10 +10,8 @@ rows of one number leave threads idle.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -21,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfi._ops import check_channel_sums
+from fastfi.backends.triton_parts import device_of
 
 __all__ = ["channel_sums"]
 
@@ -140,8 +139,7 @@ def channel_sums(d: Sequence[Tensor], factor: Sequence[Tensor]) -> Tensor:
     table = torch.empty(layout.shape, dtype=torch.int64, pin_memory=out.is_cuda)
     table.copy_(layout)
     table[1:3] = torch.tensor([[t.data_ptr() for t in ts] for ts in (d, factor)])
-    device: Any = torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext()
-    with device:
+    with device_of(out):
         _channel_sums[(programs,)](
             table.to(out.device, non_blocking=True), out, batch, out.shape[1], len(d),
             PAIRS=triton.next_power_of_2(len(d)),
