@@ -9,8 +9,8 @@ the input needs.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ from fastfi.memory import ActivationMeter, ChunkPlan, is_out_of_memory
 from fastfi.model import eagerly, forward
 from fastfi.objectives import Objective, logit_gradient
 
-__all__ = ["Contrasts", "InputRows", "Recorded", "contrasts", "gram_of", "input_rows", "measure"]
-__all__ += ["pull_back_rows", "record", "way_of"]
+__all__ = ["BALANCED", "Aim", "Contrasts", "InputRows", "Recorded", "aim", "contrasts", "gram_of"]
+__all__ += ["input_rows", "measure", "pull_back_rows", "record", "relabelled", "way_of"]
 
 Way = Literal["loop", "vmap"]
+# Objectives whose gradient in the logits has the sum 0, whatever the sample: the contrasts' rows
+# serve them all. (Rounding may say otherwise where the gradient itself vanishes.)
+BALANCED = ("cross_entropy", "margin", "entropy", "nll_of_others")
 _ROWS_AT_ONCE = 16  # of a batched backward pass: bounds what it holds beside the activations
 
 
@@ -131,7 +134,7 @@ def _objective_gradient(
     g = logit_gradient(objective, classes.logits, classes.full_log_prob, y)
     assert g is not None
     by_position, cotangent = classes.pool(g)
-    if bool((g.sum(1).abs() > 1e-12 * g.abs().sum(1)).any()):
+    if objective not in BALANCED and bool((g.sum(1).abs() > 1e-12 * g.abs().sum(1)).any()):
         return None, cotangent
     return by_position, None
 
@@ -206,6 +209,35 @@ class Contrasts:
             return self.classes.cotangent(row + 1)
         assert self.own is not None
         return self.own
+
+
+class Aim(NamedTuple):
+    """One objective of one label, as the solves see it: ``classes``, ``label`` and ``grad`` of
+    :class:`Contrasts`."""
+
+    classes: SortedClasses
+    label: Tensor | None
+    grad: Tensor | None
+
+
+def relabelled(classes: SortedClasses, y: Tensor | None) -> SortedClasses:
+    """The same classes for other labels y [B] int64 below K, or None for the predicted class. Where
+    some are lumped, the labels must be those for which they were sorted."""
+    if y is None:
+        return replace(classes, position=torch.zeros_like(classes.position))
+    return replace(classes, position=(classes.order == y[:, None]).int().argmax(1))
+
+
+def aim(classes: SortedClasses, objective: str | Objective, y: Tensor | None) -> Aim:
+    """Another target of the same rows, for an objective of :data:`BALANCED`.
+
+    Args:
+        classes, y: as in :func:`relabelled`.
+    """
+    classes = relabelled(classes, y)
+    grad, own = _objective_gradient(objective, classes, classes.predicted if y is None else y)
+    assert own is None
+    return Aim(classes, classes.position if grad is None else None, grad)
 
 
 def contrasts(

@@ -7,7 +7,7 @@ the chunks, computes each chunk's rows and hands them to the caller's function.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -81,7 +81,11 @@ T = TypeVar("T")
 
 def join(parts: list[T], back: Tensor | None) -> T:
     """One named tuple from the chunks': tensors joined, in the caller's order; the rest as in the
-    first chunk."""
+    first chunk. Lists of named tuples are joined one by one."""
+    first: Any = parts[0]
+    if isinstance(first, list):
+        columns: Any = zip(*cast("list[Any]", parts), strict=True)
+        return cast("T", [join(list(column), back) for column in columns])
 
     def field(values: list[Any]) -> Any:
         if not isinstance(values[0], Tensor):
@@ -127,12 +131,13 @@ def sweep(
 
     Args:
         work: called with a chunk's rows and its samples' positions in the batch, int64 [b]; returns
-            a named tuple whose tensors have the chunk's samples along their first dimension.
+            a named tuple whose tensors have the chunk's samples along their first dimension, or a
+            list of such.
         extra_bytes: what ``work`` needs for each sample beside the rows.
         row_copies: and how much more, in units of the rows' own size.
 
     Returns:
-        The named tuple of the whole batch.
+        The named tuple of the whole batch, or their list.
     """
     plan = q.plan(variant=(extra_bytes, row_copies))
 
