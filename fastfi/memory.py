@@ -5,13 +5,13 @@ from __future__ import annotations
 import numbers
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastfi.errors import LabelError, OptionError, SampleError
+from fastfi.free_memory import free_memory
 
 __all__ = [
     "ActivationMeter",
@@ -69,16 +69,11 @@ def check_budget(budget: int | None) -> None:
 
 
 def _available(device: torch.device) -> int:
-    """Bytes free on the device: half of them are the default budget."""
+    """Bytes free on the device, for this process: half of them are the default budget."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # Linux; counts what caches would give back
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return 4 << 30
+    return free_memory()
 
 
 class Footprint(NamedTuple):
