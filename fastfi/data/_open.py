@@ -21,6 +21,7 @@ def open_dataset(
     label_key: str | None = None,
     layout: str | None = None,
     color: Color = "auto",
+    keep_errors: bool = False,
 ) -> ImageSource:
     """Opens an image data set, recognising its format.
 
@@ -41,6 +42,9 @@ def open_dataset(
             axis that can be the colours.
         color: "gray" or "rgb" converts compressed images (Parquet, folder, files); "auto" keeps
             what the first image has.
+        keep_errors: do not insist on the first image, which settles the colour and the shape of
+            all: where it cannot be decoded, the next one that can does, up to the 100th. For
+            reading with :meth:`ImageSource.batches`' ``keep_errors``.
 
     Returns:
         The data set. Its structure is checked: a truncated file is reported here, not halfway.
@@ -94,7 +98,7 @@ def open_dataset(
     if kind == "npz":
         return npz.NpzSource(path, split, image_key, label_key, layout)
     if kind == "parquet":
-        return parquet.ParquetSource(path, split, image_key, label_key, color)
+        return parquet.ParquetSource(path, split, image_key, label_key, color, keep_errors)
     if kind == "files":
-        return folder.FilesSource(paths, color)
-    return folder.FolderSource(path, split, color)
+        return folder.FilesSource(paths, color, keep_errors)
+    return folder.FolderSource(path, split, color, keep_errors)

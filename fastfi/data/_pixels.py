@@ -66,16 +66,16 @@ class ImageDecoder:
     """
 
     def __init__(self, color: Color = "auto") -> None:
-        self._image: Any = require("PIL.Image", "decoding images")
+        require("PIL.Image", "decoding images")
         self._color = color  # "auto" until the first image
         self._first_decides = color == "auto"
         self.shape: tuple[int, int, int] | None = None
 
-    def __call__(self, data: bytes | Path, where: str) -> NDArray[Any]:
+    def __call__(self, data: bytes | Path | None, where: str) -> NDArray[Any]:
         """Decodes one image.
 
         Args:
-            data: the file's content, or its path.
+            data: the file's content, or its path; None where there is nothing.
             where: how an error names the image.
 
         Returns:
@@ -84,8 +84,11 @@ class ImageDecoder:
         Raises:
             DataError: not an image, damaged, or of another shape than the first.
         """
+        if data is None:
+            raise DataError(f"{where}: no image bytes (null)")
+        pillow = require("PIL.Image", "decoding images")  # not kept: decoders can be pickled
         try:
-            with self._image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            with pillow.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
                 pixels = self._pixels(image, where)
         except DataError:
             raise
@@ -103,6 +106,12 @@ class ImageDecoder:
                 "resize the images to one size first"
             )
         return pixels
+
+    def blank(self) -> NDArray[Any]:
+        """Zeros in the place of an image that cannot be decoded; only after the first one."""
+        assert self.shape is not None
+        channels, height, width = self.shape
+        return np.zeros((height, width) if channels == 1 else (height, width, 3), np.uint8)
 
     def _pixels(self, image: Any, where: str) -> NDArray[Any]:
         mode: str = image.mode

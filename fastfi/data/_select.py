@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfi.data._source import Batch, ImageSource
+from fastfi.data._source import Batch, ImageSource, SeekableSource
 from fastfi.data.folder import EncodedFiles
 from fastfi.errors import DataError, OptionError
 
@@ -28,7 +28,7 @@ def select(source: ImageSource, texts: Sequence[str]) -> ImageSource:
 
     Returns:
         A source of these images. Folders and files read nothing else; other formats are read from
-        their beginning to the last chosen image.
+        the first chosen image to the last one.
 
     Raises:
         OptionError: no id, or an id that the data set does not have; the message says which ids it
@@ -76,7 +76,7 @@ def _range(source: ImageSource) -> str:
     return f"its ids are {_some([str(k) for k in known])}"
 
 
-class _Selected(ImageSource):
+class _Selected(SeekableSource):
     """The images whose ids are in a set, read from another source until all were found."""
 
     def __init__(self, source: ImageSource, wanted: set[Any]) -> None:
@@ -88,27 +88,36 @@ class _Selected(ImageSource):
     def ids(self) -> Sequence[int] | Sequence[str] | None:
         return sorted(self._wanted) if self.id_type == "int" else None
 
-    def _read(self, batch_size: int) -> Generator[Batch, None, None]:
+    def _span(
+        self, batch_size: int, start: int, stop: int | None, keep_errors: bool
+    ) -> Generator[Batch, None, None]:
+        left = len(self._starts(1, start, stop))  # images to come
+        wanted, begin, end, unwanted = self._wanted, 0, None, start
+        if left and self.id_type == "int":  # row numbers, which say where to read
+            rows = sorted(wanted)[start : start + left]
+            wanted, begin, end, unwanted = set(rows), rows[0], rows[-1] + 1, 0
+        if left == 0:
+            return
         ids: list[Any] = []
         x: list[Tensor] = []
         y: list[Tensor] = []
-        left = len(self._wanted)
-        with closing(self._source._read(batch_size)) as blocks:
+        errors: dict[int, str] = {}
+        with closing(self._source._span(batch_size, begin, end, keep_errors)) as blocks:
             for block in blocks:
-                at = [i for i, name in enumerate(block.ids) if name in self._wanted]
-                for i in at:
+                at = [i for i, name in enumerate(block.ids) if name in wanted]
+                passed = at[:unwanted]  # chosen, but before the start
+                unwanted -= len(passed)
+                for i in at[len(passed) :]:
+                    if i in block.errors:
+                        errors[len(ids)] = block.errors[i]
                     ids.append(block.ids[i])
                     x.append(block.x[i].clone())  # not a view, which would keep the whole block
                     y += [] if block.y is None else [block.y[i]]
                     left -= 1
                     if len(ids) == batch_size or left == 0:
-                        yield _batch(ids, x, y)
-                        ids, x, y = [], [], []
-                if left == 0:
-                    return
+                        yield Batch(ids, torch.stack(x), torch.stack(y) if y else None, errors)
+                        ids, x, y, errors = [], [], [], {}
+                    if left == 0:
+                        return
                 del block
         raise DataError(f"{self.path}: {left} of the {len(self._wanted)} images are not there")
-
-
-def _batch(ids: list[Any], x: list[Tensor], y: list[Tensor]) -> Batch:
-    return Batch(ids, torch.stack(x), torch.stack(y) if y else None)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
+from torch import Tensor
 
-from fastfi.data._pixels import Color, ImageDecoder, stack
-from fastfi.data._source import Batch, ImageSource
+from fastfi.data._encoded import Encoded, decode_batches, settled_decoder
+from fastfi.data._pixels import Color, stack
+from fastfi.data._source import Batch, SeekableSource
 from fastfi.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,25 +25,37 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".t
 _SPLITS = ("train", "test", "validation", "valid", "val")
 
 
-class EncodedFiles(ImageSource):
+class EncodedFiles(SeekableSource):
     """Compressed images, one per file, whose names are their ids. Only the names are held.
+
+    It can be indexed and pickled, so that ``torch.utils.data.DataLoader`` takes it, with worker
+    processes too. Each item is ``(id, x [C, H, W] float32, label)``; the label is an int, or None
+    where the data set has none.
 
     Args:
         root: what the names are relative to.
         items: (name, label) of each image, at least one.
         color: see :class:`~fastfi.data._pixels.ImageDecoder`. The first item decides for "auto".
+        keep_errors: the first item that can be decoded decides, among the first 100.
 
     Raises:
-        DataError: the first image cannot be decoded.
+        DataError: the image that decides cannot be decoded.
     """
 
     id_type = "str"
 
-    def __init__(self, root: Path, items: Sequence[tuple[str, int]], color: Color) -> None:
-        self._root, self._items, self._color = root, items, color
-        self._first = root / items[0][0]
+    def __init__(
+        self,
+        root: Path,
+        items: Sequence[tuple[str, int]],
+        color: Color,
+        keep_errors: bool = False,
+    ) -> None:
+        self._root, self._items = root, items
         self.length = len(items)
-        self.shape = self._decoder()[1]
+        self._decoder = settled_decoder(self._encoded(items), self.path, color, keep_errors)
+        assert self._decoder.shape is not None
+        self.shape = self._decoder.shape
 
     def ids(self) -> Sequence[str]:
         return [name for name, _ in self._items]
@@ -53,20 +67,27 @@ class EncodedFiles(ImageSource):
         chosen.length = len(chosen._items)
         return chosen
 
-    def _decoder(self) -> tuple[ImageDecoder, tuple[int, int, int]]:
-        """A decoder that has seen the first image, and that image's shape."""
-        decoder = ImageDecoder(self._color)
-        decoder(self._first, str(self._first))
-        assert decoder.shape is not None
-        return decoder, decoder.shape
+    def __len__(self) -> int:
+        return len(self._items)
 
-    def _read(self, batch_size: int) -> Generator[Batch, None, None]:
-        decoder, _ = self._decoder()
-        for start in range(0, len(self._items), batch_size):
-            items = self._items[start : start + batch_size]
-            images: list[Any] = [decoder(self._root / n, str(self._root / n)) for n, _ in items]
-            y = torch.tensor([label for _, label in items]) if self.labelled else None
-            yield Batch([name for name, _ in items], stack(images), y)
+    def __getitem__(self, i: int) -> tuple[str, Tensor, int | None]:
+        """One image; DataError where it cannot be decoded or has another size than the first."""
+        if not -len(self) <= index(i) < len(self):
+            raise IndexError(f"{self.path}: no image {i} among {len(self)}")
+        name, label = self._items[i]
+        x = stack([self._decoder(self._root / name, str(self._root / name))])[0]
+        return name, x, label if self.labelled else None
+
+    def _encoded(self, items: Sequence[tuple[str, int]]) -> Iterator[Encoded]:
+        for name, label in items:
+            path = self._root / name
+            yield Encoded(name, str(path), path, label)
+
+    def _span(
+        self, batch_size: int, start: int, stop: int | None, keep_errors: bool
+    ) -> Generator[Batch, None, None]:
+        images = self._encoded(self._items[start:stop])
+        yield from decode_batches(images, self._decoder, batch_size, self.labelled, keep_errors)
 
 
 class FilesSource(EncodedFiles):
@@ -75,6 +96,7 @@ class FilesSource(EncodedFiles):
     Args:
         files: one or several different paths.
         color: see :class:`~fastfi.data._pixels.ImageDecoder`.
+        keep_errors: files that cannot be decoded are no error yet: see :class:`EncodedFiles`.
 
     Raises:
         DataError: no such file, not an image, images of different sizes, or a file given twice.
@@ -83,7 +105,9 @@ class FilesSource(EncodedFiles):
     format = "files"
     labelled = False
 
-    def __init__(self, files: Sequence[Path], color: Color = "auto") -> None:
+    def __init__(
+        self, files: Sequence[Path], color: Color = "auto", keep_errors: bool = False
+    ) -> None:
         for file in files:
             if not file.is_file():
                 raise DataError(f"{file}: no such image file")
@@ -91,10 +115,9 @@ class FilesSource(EncodedFiles):
                 raise DataError(f"{file}: given more than once")
         folders = {file.parent for file in files}
         self.path = files[0] if len(files) == 1 else Path(os.path.commonpath(folders))
-        super().__init__(Path(), [(file.as_posix(), 0) for file in files], color)
-        decoder, _ = self._decoder()
-        for file in files[1:]:  # now, not halfway
-            decoder(file, str(file))
+        super().__init__(Path(), [(file.as_posix(), 0) for file in files], color, keep_errors)
+        for file in () if keep_errors else files[1:]:  # now, not halfway
+            self._decoder(file, str(file))
 
 
 class FolderSource(EncodedFiles):
@@ -107,6 +130,7 @@ class FolderSource(EncodedFiles):
         folder: the folder.
         split: the subfolder (``train``, ``test``, ...) that holds the classes, where there is one.
         color: see :class:`~fastfi.data._pixels.ImageDecoder`.
+        keep_errors: see :class:`EncodedFiles`.
 
     Raises:
         DataError: no images, images beside class folders, or several splits and none chosen.
@@ -114,7 +138,13 @@ class FolderSource(EncodedFiles):
 
     format = "folder"
 
-    def __init__(self, folder: Path, split: str | None = None, color: Color = "auto") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str | None = None,
+        color: Color = "auto",
+        keep_errors: bool = False,
+    ) -> None:
         if split is not None and not (folder / split).is_dir():
             raise DataError(f"{folder}: no subfolder {split!r} for the split")
         self.path = folder if split is None else folder / split
@@ -138,7 +168,7 @@ class FolderSource(EncodedFiles):
             )
         self.labelled = bool(subfolders)
         self.classes = tuple(subfolders) or None
-        super().__init__(self.path, items, color)
+        super().__init__(self.path, items, color, keep_errors)
 
 
 def is_image(name: str) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fastfi.data._pixels import unit
-from fastfi.data._source import Batch, ImageSource
+from fastfi.data._source import Batch, SeekableSource
 from fastfi.errors import DataError
 
 __all__ = ["IdxSource", "recognises"]
@@ -34,7 +34,7 @@ def recognises(folder: Path) -> bool:
     return any(_NAME.match(p.name) for p in folder.iterdir())
 
 
-class IdxSource(ImageSource):
+class IdxSource(SeekableSource):
     """One split of an IDX folder.
 
     Both files are read through once when they are opened (0.3 s for MNIST), so that a truncated or
@@ -78,21 +78,26 @@ class IdxSource(ImageSource):
                 raw = bytearray(file.read(n))
             self._labels = torch.from_numpy(np.frombuffer(raw, np.uint8)).to(torch.int64)
 
-    def _read(self, batch_size: int) -> Generator[Batch, None, None]:
-        assert self.length is not None
+    def _span(
+        self, batch_size: int, start: int, stop: int | None, keep_errors: bool
+    ) -> Generator[Batch, None, None]:
         _, h, w = self.shape
+        starts = self._starts(batch_size, start, stop)
+        if not starts:
+            return
         with _open(self._images) as file:
-            file.read(16)
-            for start in range(0, self.length, batch_size):
-                stop = min(start + batch_size, self.length)
-                raw = bytearray((stop - start) * h * w)
+            for first in starts:
+                last = min(first + batch_size, starts.stop)
+                raw = bytearray((last - first) * h * w)
                 try:
+                    if first == start:
+                        file.seek(16 + start * h * w)  # gzip decompresses its way there
                     _fill(file, raw)
                 except (OSError, EOFError, zlib.error) as error:  # changed since it was opened
                     raise _damaged(self._images, error) from error
                 pixels = np.frombuffer(raw, np.uint8).reshape(-1, 1, h, w)
-                y = None if self._labels is None else self._labels[start:stop].clone()
-                yield Batch(range(start, stop), unit(pixels), y)
+                y = None if self._labels is None else self._labels[first:last].clone()
+                yield Batch(range(first, last), unit(pixels), y)
 
 
 def _find(folder: Path, split: str | None) -> Path:

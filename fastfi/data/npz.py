@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from fastfi.data._pixels import unit
-from fastfi.data._source import Batch, ImageSource
+from fastfi.data._source import Batch, SeekableSource
 from fastfi.errors import DataError, OptionError
 
 __all__ = ["NpzSource"]
 
 _COLORS = (1, 3, 4)  # the number of colours that tells the colour axis from the others
+_SKIPPED = 1 << 20  # bytes read at once on the way to an image
 _IMAGE_NAMES = ("x", "images")
 _LABEL_NAMES = ("y", "labels")
 
@@ -31,7 +32,7 @@ class _Header(NamedTuple):
     offset: int  # bytes before the numbers
 
 
-class NpzSource(ImageSource):
+class NpzSource(SeekableSource):
     """Images [N, H, W], [N, C, H, W] or [N, H, W, C], and labels [N] or [N, 1], in one npz file.
 
     Pixels are uint8, uint16 or bool (scaled to 0..1) or floating point (taken as they are). The
@@ -123,24 +124,30 @@ class NpzSource(ImageSource):
             labels = np.frombuffer(bytearray(file.read()), dtype)
         return torch.from_numpy(labels.astype(np.int64)).reshape(-1)  # [N]
 
-    def _read(self, batch_size: int) -> Generator[Batch, None, None]:
-        (n, *image), dtype, offset = self._header
+    def _span(
+        self, batch_size: int, start: int, stop: int | None, keep_errors: bool
+    ) -> Generator[Batch, None, None]:
+        (_, *image), dtype, offset = self._header
         size = math.prod(image) * dtype.itemsize  # bytes of one image
+        starts = self._starts(batch_size, start, stop)
+        if not starts:
+            return
+        offset += start * size
         with (
             _archive(self.path) as archive,
             _member(self.path, archive, self._name, offset) as file,
         ):
-            for start in range(0, n, batch_size):
-                stop = min(start + batch_size, n)
-                raw = bytearray(file.read((stop - start) * size))
-                if len(raw) < (stop - start) * size:  # changed since it was opened
+            for first in starts:
+                count = min(first + batch_size, starts.stop) - first
+                raw = bytearray(file.read(count * size))
+                if len(raw) < count * size:  # changed since it was opened
                     raise DataError(f"{self.path}: array {self._name!r} is truncated")
-                x = unit(np.frombuffer(raw, dtype).reshape(stop - start, *image))
+                x = unit(np.frombuffer(raw, dtype).reshape(count, *image))
                 if self._hwc:
                     x = x.permute(0, 3, 1, 2).contiguous()
-                x = x.reshape(stop - start, *self.shape)
-                y = None if self._labels is None else self._labels[start:stop].clone()
-                yield Batch(range(start, stop), x, y)
+                x = x.reshape(count, *self.shape)
+                y = None if self._labels is None else self._labels[first : first + count].clone()
+                yield Batch(range(first, first + count), x, y)
 
 
 def _candidates(split: str | None, names: Sequence[str]) -> list[str]:
@@ -199,5 +206,7 @@ def _header(path: Path, archive: zipfile.ZipFile, name: str) -> _Header:
 @contextmanager
 def _member(path: Path, archive: zipfile.ZipFile, name: str, offset: int) -> Iterator[IO[bytes]]:
     with archive.open(f"{name}.npy") as file:
-        file.read(offset)
+        # Not seek(), which skips the checksum of what is stored uncompressed.
+        while offset > 0 and (skipped := len(file.read(min(offset, _SKIPPED)))):
+            offset -= skipped
         yield file

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from fastfi._extras import require
-from fastfi.data._pixels import Color, ImageDecoder, stack
-from fastfi.data._source import Batch, ImageSource
+from fastfi.data._encoded import Encoded, decode_batches, settled_decoder
+from fastfi.data._pixels import Color
+from fastfi.data._source import Batch, SeekableSource
 from fastfi.errors import DataError
 
 __all__ = ["ParquetSource", "recognises"]
@@ -36,7 +35,7 @@ def recognises(folder: Path) -> bool:
     )
 
 
-class ParquetSource(ImageSource):
+class ParquetSource(SeekableSource):
     """Images in one Parquet file, or in the files of one split of a folder.
 
     A folder's files are read in the order of their names; ``train-00000-of-00004.parquet`` belongs
@@ -49,6 +48,8 @@ class ParquetSource(ImageSource):
         image_key: the column of the images. None looks for usual names.
         label_key: the column of the labels. None looks for usual names, and does without.
         color: see :class:`~fastfi.data._pixels.ImageDecoder`.
+        keep_errors: the first image that can be decoded, among the first 100, decides colour and
+            shape; else the first one must be whole.
 
     Raises:
         DataError: a file is truncated, has no usable columns, or other columns than the first.
@@ -63,13 +64,12 @@ class ParquetSource(ImageSource):
         image_key: str | None = None,
         label_key: str | None = None,
         color: Color = "auto",
+        keep_errors: bool = False,
     ) -> None:
-        self._pq: Any = require("pyarrow.parquet", "reading Parquet files")
-        self._pa: Any = require("pyarrow", "reading Parquet files")
-        self._color = color
+        _parquet(), _arrow()  # present?
         self.path = path
         self._files = _files(path, split)
-        self.length = 0
+        self._counts: list[int] = []  # rows of each file
         for i, file in enumerate(self._files):
             with self._opened(file) as parquet:
                 schema = parquet.schema_arrow
@@ -81,26 +81,25 @@ class ParquetSource(ImageSource):
                 missing = [c for c in columns if c not in schema.names]
                 if missing:
                     raise DataError(f"{file}: no column {missing[0]!r}, unlike {self._files[0]}")
-                self.length += parquet.metadata.num_rows
+                self._counts.append(parquet.metadata.num_rows)
+        self.length = sum(self._counts)
         if self.length == 0:
             raise DataError(f"{path}: no rows")
         self.labelled = self._label is not None
-        decoder = ImageDecoder(color)
-        for row, data, _ in self._rows(1):
-            decoder(data, row)
-            break
-        assert decoder.shape is not None
-        self.shape = decoder.shape
+        with closing(self._rows(1)) as rows:
+            self._decoder = settled_decoder(rows, path, color, keep_errors)
+        assert self._decoder.shape is not None
+        self.shape = self._decoder.shape
 
     @contextmanager
     def _opened(self, file: Path) -> Iterator[Any]:
         """Opens a file; errors of reading it name the file."""
         try:
-            with self._pq.ParquetFile(
+            with _parquet().ParquetFile(
                 file, buffer_size=_BUFFER, page_checksum_verification=True
             ) as parquet:
                 yield parquet
-        except (self._pa.ArrowException, OSError) as error:
+        except (_arrow().ArrowException, OSError) as error:
             raise DataError(
                 f"{file}: not a Parquet file, truncated or damaged ({error})"
             ) from error
@@ -112,7 +111,7 @@ class ParquetSource(ImageSource):
                 f"{file}: no column of images ({key or ' or '.join(_IMAGE_NAMES)}); it holds "
                 f"{', '.join(schema.names)} (--image-key chooses one)"
             )
-        types, kind = self._pa.types, schema.field(name).type
+        types, kind = _arrow().types, schema.field(name).type
         self._struct = types.is_struct(kind)
         if self._struct:
             index = kind.get_field_index("bytes")
@@ -128,52 +127,61 @@ class ParquetSource(ImageSource):
         name = next((n for n in ([key] if key else _LABEL_NAMES) if n in schema.names), None)
         if name is None and key is not None:
             raise DataError(f"{file}: no column {key!r}; it holds {', '.join(schema.names)}")
-        if name is not None and not self._pa.types.is_integer(schema.field(name).type):
+        if name is not None and not _arrow().types.is_integer(schema.field(name).type):
             raise DataError(
                 f"{file}: column {name!r}: expected integer labels, got {schema.field(name).type}"
             )
         return name
 
-    def _rows(self, n: int) -> Iterator[tuple[str, bytes, int]]:
-        """Yields (how an error names the row, compressed image, label), ``n`` rows at a time."""
+    def _rows(self, n: int, start: int = 0) -> Generator[Encoded, None, None]:
+        """The images from row ``start`` on, ``n`` rows read at a time."""
+        first = 0  # row of the data set
+        for file, count in zip(self._files, self._counts, strict=True):
+            if count and start < first + count:
+                for row, data, label in self._rows_of(file, n, max(0, start - first)):
+                    yield Encoded(first + row, f"{file}: row {row}", data, label)
+            first += count
+
+    def _rows_of(
+        self, file: Path, n: int, start: int
+    ) -> Iterator[tuple[int, bytes | None, int | None]]:
+        """(row, compressed image, label) of one file from row ``start`` on."""
         image = f"{self._image}.bytes" if self._struct else self._image
         columns = [image] if self._label is None else [image, self._label]
-        for file in self._files:
-            row = 0
-            with self._opened(file) as parquet:
-                for block in parquet.iter_batches(n, columns=columns):
-                    images = block.column(self._image).to_pylist()
-                    labels = [0] * len(images)
-                    if self._label is not None:
-                        labels = block.column(self._label).to_pylist()
-                    for data, label in zip(images, labels, strict=True):
-                        where = f"{file}: row {row}"
-                        data = data["bytes"] if self._struct and data is not None else data
-                        if data is None:
-                            raise DataError(f"{where}: no image bytes (null)")
-                        if label is None:
-                            raise DataError(f"{where}: no label (null)")
-                        yield where, data, label
-                        row += 1
+        with self._opened(file) as parquet:
+            row, groups = 0, parquet.num_row_groups
+            skipped = 0  # row groups that are not read at all
+            while skipped < groups:
+                size = parquet.metadata.row_group(skipped).num_rows
+                if row + size > start:
+                    break
+                row, skipped = row + size, skipped + 1
+            left = range(skipped, groups)
+            for block in parquet.iter_batches(n, row_groups=left, columns=columns):
+                dropped = min(max(0, start - row), block.num_rows)
+                row += dropped
+                images = block.column(self._image)[dropped:].to_pylist()
+                labels = [0] * len(images)
+                if self._label is not None:
+                    labels = block.column(self._label)[dropped:].to_pylist()
+                for data, label in zip(images, labels, strict=True):
+                    yield row, data["bytes"] if self._struct and data is not None else data, label
+                    row += 1
 
-    def _read(self, batch_size: int) -> Generator[Batch, None, None]:
-        decoder = ImageDecoder(self._color)
-        images: list[Any] = []
-        labels: list[int] = []
-        start = 0
-        for where, data, label in self._rows(min(batch_size, _ROWS)):
-            images.append(decoder(data, where))
-            labels.append(label)
-            if len(images) == batch_size:
-                yield self._batch(start, images, labels)
-                start += batch_size
-                images, labels = [], []
-        if images:
-            yield self._batch(start, images, labels)
+    def _span(
+        self, batch_size: int, start: int, stop: int | None, keep_errors: bool
+    ) -> Generator[Batch, None, None]:
+        with closing(self._rows(min(batch_size, _ROWS), start)) as rows:
+            images = islice(rows, None if stop is None else max(0, stop - start))
+            yield from decode_batches(images, self._decoder, batch_size, self.labelled, keep_errors)
 
-    def _batch(self, start: int, images: list[Any], labels: list[int]) -> Batch:
-        y = torch.from_numpy(np.array(labels, np.int64)) if self.labelled else None
-        return Batch(range(start, start + len(images)), stack(images), y)
+
+def _parquet() -> Any:  # modules are not kept: sources can be pickled
+    return require("pyarrow.parquet", "reading Parquet files")
+
+
+def _arrow() -> Any:
+    return require("pyarrow", "reading Parquet files")
 
 
 def _files(path: Path, split: str | None) -> list[Path]:
