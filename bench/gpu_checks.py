@@ -23,7 +23,7 @@ from fastfi.backends import reference, reference_windows
 __all__ = ["CHECKS", "check"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# The contract's bounds, for two results each within it (README, "Accuracy").
+# The contract's bounds, for two results each within it (docs/accuracy.md).
 BOUNDS = {"exact": 2e-10, "truncated": 2e-8, "damped": 2e-8}
 WELL_POSED = 0.5  # the share below which a comparison says nothing
 # Three random perturbations come within this of the worst one, but for one problem in a million.

@@ -16,13 +16,17 @@ try:
         NonFiniteError,
         OptionError,
         OutputError,
+        ResumeError,
         WeightsError,
+        WriteError,
     )
     from fastfi.influence import Influence, influence
     from fastfi.inverse import Damped, Exact, Truncated
     from fastfi.maps import InfluenceMap, influence_map
     from fastfi.rank import RankCheck, check_rank
     from fastfi.regions import RegionInfluence, region_influence
+    from fastfi.score import score
+    from fastfi.scoring import Comparison, Scores, compare, open_scores
 except ImportError as _error:
     # The doctor must run where torch or the compiled module is broken: it explains what is wrong.
     if "fastfi.doctor" not in sys.orig_argv:
@@ -34,6 +38,7 @@ except PackageNotFoundError:  # used from a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Comparison",
     "Damped",
     "DataError",
     "Exact",
@@ -48,16 +53,22 @@ __all__ = [
     "OutputError",
     "RankCheck",
     "RegionInfluence",
+    "ResumeError",
+    "Scores",
     "Truncated",
     "WeightsError",
+    "WriteError",
     "__version__",
     "attack",
     "backends",
     "check_rank",
+    "compare",
     "direction",
     "influence",
     "influence_map",
     "layers",
+    "open_scores",
     "plot",
     "region_influence",
+    "score",
 ]

@@ -21,8 +21,10 @@ __all__ = [
     "NonFiniteError",
     "OptionError",
     "OutputError",
+    "ResumeError",
     "SampleError",
     "WeightsError",
+    "WriteError",
 ]
 
 
@@ -51,6 +53,10 @@ class SampleError(FastfiError, ValueError):
 
     def __str__(self) -> str:
         return self._message.replace("{samples}", list_some(self.indices))
+
+    def of_one(self) -> str:
+        """The message for a sample that the reader knows by other means, without its position."""
+        return self._message.replace(" in samples {samples}", "")
 
     def at(self, positions: Sequence[int]) -> Self:
         """The same error for samples that stand at other positions of the caller's batch."""
@@ -88,3 +94,12 @@ class DataError(FastfiError, ValueError):
 
 class WeightsError(FastfiError, ValueError):
     """A weights file cannot be read safely or does not fit the model (the message names keys)."""
+
+
+class ResumeError(FastfiError, ValueError):
+    """Results are there already, of another model, data set or configuration; the message says
+    what differs."""
+
+
+class WriteError(FastfiError, OSError):
+    """A result cannot be written; the message names it."""

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastfi.cli import _prefetch
 from fastfi.cli._batches import ScoreOptions, process
-from fastfi.cli._prefetch import ahead, on_device
 from fastfi.data import Batch, ImageSource
 from fastfi.errors import DataError, NonFiniteError, OptionError, OutputError
+from fastfi.scoring import prefetch
+from fastfi.scoring.prefetch import ahead, on_device
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 WAIT = 60.0  # seconds, for what happens at once unless it is broken
@@ -248,7 +248,7 @@ class Images(ImageSource):
 
 
 def run(reader, work, monkeypatch, device=GPU, failing=None):
-    monkeypatch.setattr(_prefetch, "SideStream", lambda d: FakeTransfer(d, failing))
+    monkeypatch.setattr(prefetch, "SideStream", lambda d: FakeTransfer(d, failing))
     options = ScoreOptions("true", {}, device, batch_size=2)
     return process(torch.nn.Flatten(), Images(reader), options, work)
 
@@ -314,7 +314,7 @@ def test_process_out_of_memory_of_the_copy(monkeypatch):
 
 def test_process_a_model_that_fails(monkeypatch):
     options = ScoreOptions("true", {}, GPU, batch_size=2)
-    monkeypatch.setattr(_prefetch, "SideStream", FakeTransfer)
+    monkeypatch.setattr(prefetch, "SideStream", FakeTransfer)
     with pytest.raises(OutputError, match="the model fails on an image"):
         list(process(torch.nn.Linear(2, 2), Images(Reader(3)), options, total))
 

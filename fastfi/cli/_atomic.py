@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Generic, TypeVar
 
-from fastfi.errors import FastfiError, OptionError
+from fastfi.errors import OptionError, WriteError
+from fastfi.scoring.files import reporting
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,35 +22,22 @@ __all__ = ["AtomicFile", "Table", "WriteError", "check_output", "reporting"]
 T = TypeVar("T")
 
 
-class WriteError(FastfiError, OSError):
-    """A result cannot be written."""
-
-
-@contextmanager
-def reporting(path: Path) -> Iterator[None]:
-    """Turns the errors of writing a file into WriteError, which names it."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, FastfiError):
-            raise
-        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def check_output(path: Path, overwrite: bool, suffixes: Sequence[str]) -> None:
-    """Checks that a result may be written to ``path``.
+def check_output(
+    path: Path, overwrite: bool, suffixes: Sequence[str], option: str = "--out"
+) -> None:
+    """Checks that a result may be written to ``path``, which ``option`` names.
 
     Raises:
         OptionError: another suffix, no such folder, or something is there already.
     """
     if path.suffix.lower() not in suffixes:
-        raise OptionError(f"--out {path}: expected a name ending in {' or '.join(suffixes)}")
+        raise OptionError(f"{option} {path}: expected a name ending in {' or '.join(suffixes)}")
     if not path.parent.is_dir():
-        raise OptionError(f"--out {path}: there is no folder {path.parent}")
+        raise OptionError(f"{option} {path}: there is no folder {path.parent}")
     if path.is_dir():
-        raise OptionError(f"--out {path}: is a folder")
+        raise OptionError(f"{option} {path}: is a folder")
     if path.exists() and not overwrite:
-        raise OptionError(f"--out {path}: exists already; --overwrite replaces it")
+        raise OptionError(f"{option} {path}: exists already; --overwrite replaces it")
 
 
 class Table(ABC, Generic[T]):

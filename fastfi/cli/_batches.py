@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastfi.cli._prefetch import on_device
 from fastfi.data import Batch, ImageSource
 from fastfi.errors import FastfiError, OptionError, OutputError, SampleError
+from fastfi.scoring.prefetch import on_device
 
 __all__ = ["Labels", "Normalisation", "ScoreOptions", "process"]
 
@@ -49,12 +49,19 @@ class Normalisation:
         if min(self.std) <= 0:
             raise OptionError(f"--std: expected positive numbers, got {list(self.std)}")
 
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing."""
+        return not any(self.mean) and set(self.std) == {1.0}
+
     def __call__(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same shape; x stays as it is."""
-        if not any(self.mean) and set(self.std) == {1.0}:
+        """[C, H, W] or [B, C, H, W] to the same shape; x stays as it is."""
+        if self.idle:
             return x
-        mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
         return (x - mean).div_(std)
+
+    on_batch = __call__  # fastfi.score may call it with many images at once
 
 
 @dataclass(frozen=True)

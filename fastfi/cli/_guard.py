@@ -18,12 +18,13 @@ __all__ = ["reported", "terminable"]
 
 
 @contextmanager
-def reported(show_traceback: bool, what: str) -> Iterator[None]:
+def reported(show_traceback: bool, what: str, kept: str | None = None) -> Iterator[None]:
     """Turns fastfi's errors into one message and exit code 2, Ctrl-C into exit code 130.
 
     Args:
         show_traceback: whether to print where an error came from, too.
         what: the command writes: "scores".
+        kept: what became of them when it is interrupted; None: none were written.
     """
     try:
         yield
@@ -33,7 +34,7 @@ def reported(show_traceback: bool, what: str) -> Iterator[None]:
         print(f"fastfi: error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        print(f"fastfi: interrupted, no {what} were written", file=sys.stderr)
+        print(f"fastfi: interrupted, {kept or f'no {what} were written'}", file=sys.stderr)
         raise typer.Exit(130) from error
 
 

@@ -18,12 +18,12 @@ from fastfi.classes import sort_classes
 from fastfi.cli._batches import ScoreOptions, process
 from fastfi.cli._figures import FigureFolder
 from fastfi.cli._mapfile import MapFile, MapForm, Maps
-from fastfi.cli._progress import images_per_second, progress
 from fastfi.data import Batch, ImageSource
 from fastfi.errors import OptionError
 from fastfi.inverse import Damped
 from fastfi.maps import InfluenceMap, influence_map
 from fastfi.model import forward
+from fastfi.scoring.progress import images_per_second, progress
 from fastfi.sweep import FORWARD_CHUNK, Request, run_chunks
 
 __all__ = ["compute_maps", "known_ids", "map_form", "run_map"]

@@ -85,6 +85,7 @@ ProgressOption = Annotated[
     bool | None,
     typer.Option("--progress/--no-progress", help="Default: only on a terminal."),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 TracebackOption = Annotated[
     bool, typer.Option("--traceback", help="Show where an error came from.")
 ]

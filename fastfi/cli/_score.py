@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from fastfi.cli._batches import ScoreOptions, process
 from fastfi.cli._output import ScoreFile, Scores
-from fastfi.cli._progress import images_per_second, progress
 from fastfi.cli._summary import percentile_table
 from fastfi.data import Batch, ImageSource
 from fastfi.evaluate import evaluate
 from fastfi.layers.parameters import Parameters, blocks
+from fastfi.scoring.progress import images_per_second, progress
 
-__all__ = ["ScoreOptions", "run_score", "score"]
+__all__ = ["WORDS", "ScoreOptions", "run_score", "score"]
 
 
 def score(model: nn.Module, source: ImageSource, options: ScoreOptions) -> Iterator[Scores]:
@@ -41,7 +41,7 @@ def score(model: nn.Module, source: ImageSource, options: ScoreOptions) -> Itera
     return process(model, source, options, work)
 
 
-_WORDS = {
+WORDS = {
     "input": "the input",
     "params": "all parameters",
     "all": "the input and all parameters",
@@ -72,7 +72,7 @@ def run_score(
     """Writes the scores to ``out`` and prints a summary."""
     wrt = options.influence.get("wrt", "input")
     names = _blocks(model, wrt)
-    what = _WORDS[wrt] if names is None else f"{len(names)} blocks of parameters"
+    what = WORDS[wrt] if names is None else f"{len(names)} blocks of parameters"
     total = source.length
     if options.limit is not None:
         total = options.limit if total is None else min(total, options.limit)

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
+
+from fastfi.scoring.percentiles import percentile
 
 __all__ = ["PERCENTILES", "percentile", "percentile_table"]
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-
-
-def percentile(ordered: NDArray[np.float64], q: float) -> float:
-    """A percentile, linearly interpolated (numpy's default); infinite values are allowed.
-
-    Args:
-        ordered: [n], n >= 1, increasing.
-        q: 0 to 100.
-    """
-    position = q / 100 * (len(ordered) - 1)
-    i = math.floor(position)
-    low, high = float(ordered[i]), float(ordered[min(i + 1, len(ordered) - 1)])
-    return low if low == high or position == i else low + (position - i) * (high - low)
 
 
 def percentile_table(fi: NDArray[np.float64], name: str = "FI") -> str:

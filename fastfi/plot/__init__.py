@@ -1,5 +1,5 @@
 """Pictures of influence maps, attacks and layer profiles, as in Figures 4, 6 and 7 of Shu and Zhu
-(AAAI 2019).
+(AAAI 2019), and of scores compared.
 
 Every function returns a ``matplotlib.figure.Figure`` made without pyplot: nothing is shown, no
 global state changes, and the figure is freed like any other object. Save it with
@@ -10,5 +10,6 @@ global state changes, and the figure is freed like any other object. Save it wit
 from fastfi.plot.attacks import attack
 from fastfi.plot.layers import layer_profile
 from fastfi.plot.maps import influence_map
+from fastfi.plot.scores import compare
 
-__all__ = ["attack", "influence_map", "layer_profile"]
+__all__ = ["attack", "compare", "influence_map", "layer_profile"]

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastfi.data import Batch
-
 __all__ = ["Arrival", "SideStream", "Transfer", "ahead", "on_device"]
+
+
+B = TypeVar("B")  # a NamedTuple with images x: fastfi.data.Batch, Samples
 
 
 class Arrival(Protocol):
@@ -67,14 +68,13 @@ class SideStream:
             return _OnStream(copied, self._stream.record_event())
 
 
-def on_device(
-    batches: Iterator[Batch], device: torch.device
-) -> Generator[tuple[Batch, Tensor], None, None]:
+def on_device(batches: Iterator[B], device: torch.device) -> Generator[tuple[B, Any], None, None]:
     """Batches, each with its images on the device, in order. Nothing here keeps one when another is
     asked for.
 
     Yields:
-        The batch and its images; for a GPU, the batch's own images are the pinned ones.
+        The batch and its images; for a GPU, the batch's own images are the pinned ones. Images
+        that are no tensor stay where they are.
 
     Raises:
         What reading raises, in the place of the batch that could not be read.
@@ -82,21 +82,22 @@ def on_device(
     if device.type == "cuda":
         yield from ahead(batches, SideStream(device))
         return
+    batch: Any
     for batch in batches:
-        yield batch, batch.x.to(device)
+        yield batch, batch.x.to(device) if isinstance(batch.x, Tensor) else batch.x
         del batch
 
 
-def ahead(
-    batches: Iterator[Batch], transfer: Transfer
-) -> Generator[tuple[Batch, Tensor], None, None]:
+def ahead(batches: Iterator[B], transfer: Transfer) -> Generator[tuple[B, Any], None, None]:
     """:func:`on_device` with one batch ahead. Where the caller stops early, the read under way is
     waited for and the reader closed."""
 
-    def fetch() -> tuple[Batch, Arrival] | None:
-        batch = next(batches, None)
+    def fetch() -> tuple[Any, Arrival | None] | None:
+        batch: Any = next(batches, None)
         if batch is None:
             return None
+        if not isinstance(batch.x, Tensor):
+            return batch, None
         batch = batch._replace(x=transfer.pin(batch.x))
         return batch, transfer.copy(batch.x)
 
@@ -106,7 +107,7 @@ def ahead(
             while fetched is not None:
                 upcoming = pool.submit(fetch)
                 batch, arrival = fetched
-                x = arrival.wait()
+                x = batch.x if arrival is None else arrival.wait()
                 del fetched, arrival
                 yield batch, x
                 del batch, x

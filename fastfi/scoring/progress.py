@@ -7,18 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from fastfi._extras import require
 
 __all__ = ["images_per_second", "progress"]
 
@@ -30,17 +19,12 @@ def images_per_second(rate: float) -> str:
     return f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"
 
 
-class _Rate(ProgressColumn):
-    """Images per second, over the last moments."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else images_per_second(speed), style="progress.data.speed")
-
-
 @contextmanager
 def progress(
-    total: int | None, show: bool | None = None, verb: tuple[str, str] = ("scoring", "scored")
+    total: int | None,
+    show: bool | None = None,
+    verb: tuple[str, str] = ("scoring", "scored"),
+    done: int = 0,
 ) -> Iterator[Callable[[int], None]]:
     """Shows progress while the block runs.
 
@@ -48,33 +32,30 @@ def progress(
         total: number of images, None if not known.
         show: None shows it on a terminal only; True also elsewhere, as plain lines; False never.
         verb: what is done to the images, and what was done.
+        done: images of an earlier run.
 
     Yields:
         A function to be called with the number of images just done.
     """
-    console = Console(stderr=True)
-    if show is False or (show is None and not console.is_terminal):
+    if show is False:
         yield lambda n: None
-    elif console.is_terminal:
-        columns = (
-            TextColumn(verb[0]),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(verb[0], total=total)
+        return
+    console = require("rich.console", "showing progress", "score").Console(stderr=True)
+    if console.is_terminal:
+        from fastfi.scoring._bar import bar_of  # needs rich
+
+        with bar_of(verb[0], console) as bar:
+            task = bar.add_task(verb[0], total=total, completed=done)
             yield lambda n: bar.advance(task, n)
+    elif show:
+        yield _lines(total, verb[1], done)
     else:
-        yield _lines(total, verb[1])
+        yield lambda n: None
 
 
-def _lines(total: int | None, did: str) -> Callable[[int], None]:
+def _lines(total: int | None, did: str, before: int) -> Callable[[int], None]:
     start = last = time.monotonic()
-    done = 0
+    done = before
 
     def advance(n: int) -> None:
         nonlocal done, last
@@ -83,7 +64,7 @@ def _lines(total: int | None, did: str) -> Callable[[int], None]:
         if now - last < _INTERVAL and done != total:
             return
         last = now
-        rate = done / max(now - start, 1e-9)
+        rate = (done - before) / max(now - start, 1e-9)
         left = "" if total is None else f" of {total}, {(total - done) / rate:.0f} s left"
         print(f"{did} {done}{left}, {images_per_second(rate)}", file=sys.stderr, flush=True)
 

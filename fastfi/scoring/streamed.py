@@ -1,0 +1,149 @@
+"""Data sets that are read from their beginning: iterables, and image files."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from fastfi.data import ImageSource
+from fastfi.errors import InputError
+from fastfi.scoring.items import Item, Reader, is_batch
+from fastfi.scoring.scorer import Samples
+from fastfi.scoring.source import PROBES, Ranges, Source, class_names_of, part_of
+
+__all__ = ["ImagesSource", "StreamSource"]
+
+_END = object()
+
+
+class StreamSource(Source):
+    """Samples, or batches of them, in the order of an iterable.
+
+    Args:
+        data: read once.
+        reader: what its items mean.
+        batched: whether an item without labels is a batch.
+        limit: rows at most.
+    """
+
+    streamed = True
+
+    def __init__(
+        self, data: Iterable[Any], reader: Reader, batched: bool = False, limit: int | None = None
+    ) -> None:
+        dataset = data.dataset if isinstance(data, DataLoader) else data
+        self.kind, self.class_names = type(dataset).__name__, class_names_of(dataset)
+        self._reader, self._batched, self.limit = reader, batched, limit
+        self._items = iter(data)
+        self._ahead: list[Any] = list(itertools.islice(self._items, 1))
+
+    def _single(self, item: Item) -> bool:
+        return not (is_batch(item) or (self._batched and item.y is None))
+
+    def probes(self) -> Samples:
+        if not self._ahead:
+            return Samples([], torch.empty(0), None)
+        item = self._reader.item(self._ahead[0])
+        if self._single(item):
+            return self._reader.samples([0], [item])
+        samples = self._reader.batch(0, item)
+        return part_of(samples, 0, min(PROBES, len(samples.ids)))
+
+    def read(self, ranges: Ranges, size: int, workers: int) -> Iterator[tuple[int, Samples]]:
+        # Cut where the wanted ranges begin and end, so that no batch is in two of them.
+        wanted = iter(ranges)
+        begin, end = next(wanted, (None, None))
+        for row, samples in self._groups(size):
+            done = 0
+            while done < len(samples.ids):
+                at = row + done
+                while end is not None and at >= end:
+                    begin, end = next(wanted, (None, None))
+                if begin is None or end is None:
+                    return
+                cut = begin if at < begin else end
+                stop = min(len(samples.ids), cut - row)
+                yield at, part_of(samples, done, stop)
+                done = stop
+
+    def _groups(self, size: int) -> Iterator[tuple[int, Samples]]:
+        """Batches as they come, cut to ``size``, or single samples in groups of it; up to the
+        limit."""
+        row = 0
+        singles: list[Item | str] = []
+        items = itertools.chain(self._ahead, self._items)
+        while self.limit is None or row + len(singles) < self.limit:
+            given = next(items, _END)
+            if given is _END:
+                break
+            item = self._reader.item(given)
+            if self._single(item):
+                singles.append(item)
+                if len(singles) == size:
+                    yield row, self._reader.samples(range(row, row + size), singles)
+                    row, singles = row + size, []
+                continue
+            if singles:
+                raise InputError("data: expected single samples or batches, got both")
+            samples = self._reader.batch(row, item)
+            left = len(samples.ids) if self.limit is None else self.limit - row
+            for first in range(0, min(len(samples.ids), left), size):
+                stop = min(first + size, len(samples.ids), left)
+                yield row + first, part_of(samples, first, stop)
+            row += min(len(samples.ids), left)
+        if singles:
+            yield row, self._reader.samples(range(row, row + len(singles)), singles)
+
+
+class ImagesSource(Source):
+    """Images that are read from their beginning: :class:`fastfi.data.ImageSource`."""
+
+    def __init__(self, data: ImageSource, reader: Reader, limit: int | None = None) -> None:
+        self._data, self._reader, self._limit = data, reader, limit
+        self.kind = f"{data.format} images"
+        self.class_names = data.classes
+        self.length = data.length
+        if limit is not None:
+            self.length = limit if data.length is None else min(limit, data.length)
+
+    def _samples(self, start: int, stop: int, size: int) -> Iterator[Samples]:
+        batches: Any = self._data.batches(size, limit=stop, start=start, keep_errors=True)
+        with closing(batches):
+            for batch in batches:
+                x: Any = batch.x
+                at_once = getattr(self._reader.transform, "on_batch", None)  # [b, C, H, W]
+                if at_once is not None:
+                    x = at_once(x)
+                elif self._reader.transform is not None:
+                    x = [self._reader.x(image) for image in x]
+                    x = torch.stack(x) if len({image.shape for image in x}) == 1 else x
+                yield Samples(batch.ids, x, batch.y, batch.errors)
+
+    def probes(self) -> Samples:
+        return next(self._samples(0, PROBES, PROBES))
+
+    def read(self, ranges: Ranges, size: int, workers: int) -> Iterator[tuple[int, Samples]]:
+        for start, stop in _joined(ranges, size):
+            row = start
+            for samples in self._samples(start, stop, size):
+                yield row, samples
+                row += len(samples.ids)
+
+
+def _joined(ranges: Ranges, size: int) -> Iterator[tuple[int, int]]:
+    """The same rows in fewer ranges, where batches of ``size`` stay the same."""
+    held: tuple[int, int] | None = None
+    for start, stop in ranges:
+        if held is not None and held[1] == start and (start - held[0]) % size == 0:
+            held = held[0], stop
+            continue
+        if held is not None:
+            yield held
+        held = start, stop
+    if held is not None:
+        yield held
