@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
@@ -82,6 +83,7 @@ def score(
             integer or a string, and by default the row's number, or with a DataLoader the number
             that its sampler gave. Iterables may yield single samples or batches whose labels
             are [b]. What is read must be the same each time: no shuffling, no random transforms.
+            All samples are scored, those too that a DataLoader's ``drop_last`` would leave out.
         out: the directory; made if it is not there.
         wrt, inverse, outputs, lump, assume_full_rank, memory_budget: see :func:`fastfi.influence`.
         y: whose influence: ``"label"`` (the paper's Setups 1 and 2), ``"predicted"`` (Setups 3 and
@@ -138,7 +140,7 @@ def score(
     )  # fmt: skip
     _check_options(batch_size, workers, limit, part_rows, part_seconds, resume, overwrite)
     _check_shard(shard)
-    scorer = BatchScorer(model, measure, device=device, strict=strict)
+    scorer = BatchScorer(model, measure, device=device, strict=strict, whole=True)
     source = as_source(data, Reader(transform, (id_key, x_key, y_key)), limit)
     folder = Path(out)
     with joined(distributed) as ranks, ExitStack() as stack:
@@ -176,7 +178,12 @@ def score(
             )
         if shard is None or shard[1] == 1:
             ranks.together(lambda: finish(folder, rows) if ranks.first else None)
-        return open_scores(folder)
+    scores = open_scores(folder)
+    if len(scores) > 0 and scores.errors == len(scores):
+        first = scores.to_table(["error"]).column(0)[0].as_py()
+        warnings.warn(f"none of the {len(scores)} samples has a score; the first: {first}",
+                      stacklevel=2)  # fmt: skip
+    return scores
 
 
 def _check_options(

@@ -127,22 +127,26 @@ def differences(
     for key in (*after, *(before.keys() - after.keys())):
         pairs.append((f"configuration, {key}", before.get(key), after.get(key)))
     lines = [_apart(what, a, b, words) for what, a, b in pairs if a != b]
-    lines += _models(there.get("model", {}), now["model"], words)
-    return lines + _data(there.get("data", {}), now["data"], words)
+    data = _data(there.get("data", {}), now["data"], words)
+    # Of other data, other log-probabilities say nothing about the model.
+    return lines + _models(there.get("model", {}), now["model"], words, not data) + data
 
 
 def _apart(what: str, a: Any, b: Any, words: tuple[str, str]) -> str:
     return f"{what}: {a!r} {words[0]}, {b!r} {words[1]}"
 
 
-def _models(a: Mapping[str, Any], b: Mapping[str, Any], words: tuple[str, str]) -> list[str]:
+def _models(
+    a: Mapping[str, Any], b: Mapping[str, Any], words: tuple[str, str], outputs: bool
+) -> list[str]:
+    """``outputs``: whether the log-probabilities of a sample are compared."""
     if a.get("class") != b["class"]:
         return [_apart("model", a.get("class"), b["class"], words)]
     if a.get("digest") != b["digest"]:
         first, second = (str(m.get("digest"))[:12] for m in (a, b))
         return [_apart("model, other parameters, digest", first, second, words)]
     before, after = a.get("sample"), b.get("sample")
-    if before is None or after is None or before["id"] != after["id"]:
+    if not outputs or before is None or after is None or before["id"] != after["id"]:
         return []
     pairs = list(zip(before["log_prob"], after["log_prob"], strict=False))
     worst = max((abs(p - q) / (1 + abs(p)) for p, q in pairs if p != q), default=0.0)

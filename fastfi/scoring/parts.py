@@ -7,10 +7,11 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastfi._extras import require
 from fastfi.errors import DataError
+from fastfi.scoring.buffer import RowBuffer
 from fastfi.scoring.files import write_file
 from fastfi.scoring.fingerprint import StreamDigest
 from fastfi.scoring.scorer import BatchScorer, Columns, Samples
@@ -117,11 +118,10 @@ def wanted(
 
 
 class _Held(NamedTuple):
-    """Rows that are not written yet: tables of rows [start, stop), a hash of the samples."""
+    """The rows [start, stop) that are not written yet, and a hash of their samples."""
 
     start: int
     stop: int
-    tables: list[Any]
     digest: StreamDigest
 
 
@@ -154,9 +154,9 @@ class PartWriter:
     ) -> None:
         self._folder, self._scorer, self._id_type = folder, scorer, id_type
         self._metadata, self._block, self._seconds = dict(metadata), block, seconds
-        self._pa = require("pyarrow", "scoring data sets", "score")
         self._pq = require("pyarrow.parquet", "scoring data sets", "score")
         self._streamed = streamed
+        self._rows = RowBuffer(scorer.columns, block)
         self._held: _Held | None = None
         self._since = time.monotonic()
 
@@ -168,13 +168,14 @@ class PartWriter:
         """
         if self._held is not None and row != self._held.stop:
             self.flush()
-        held = _Held(row, row, [], StreamDigest()) if self._held is None else self._held
+        held = _Held(row, row, StreamDigest()) if self._held is None else self._held
         digest = held.digest.copy()
         if self._streamed:
             digest.add(samples)
-        table, stop = self._scorer.table(columns, self._id_type), row + len(samples.ids)
-        # One assignment: Ctrl-C comes before all of it or after.
-        self._held = _Held(held.start, stop, [*held.tables, table], digest)
+        self._rows.put(row - held.start, columns)
+        stop = row + len(samples.ids)
+        # One assignment makes them count: Ctrl-C comes before all of it or after.
+        self._held = _Held(held.start, stop, digest)
         if stop % self._block == 0 or time.monotonic() - self._since >= self._seconds:
             self.flush()
 
@@ -186,8 +187,8 @@ class PartWriter:
         metadata = {**self._metadata, DIGEST: held.digest.text()}
         if not self._streamed:
             del metadata[DIGEST]
-        schema = self._scorer.schema(self._id_type, metadata)
-        table = self._pa.concat_tables(held.tables).replace_schema_metadata(schema.metadata)
+        rows = self._rows.first(held.stop - held.start)
+        table = self._scorer.table(rows, self._id_type, metadata)
         path = self._folder / part_name(held.start, held.stop)
         write_file(path, lambda file: self._pq.write_table(table, file))
         self._held, self._since = None, time.monotonic()

@@ -69,6 +69,7 @@ class BatchScorer:
         device: where samples go; None: where the model's parameters are, or for a model without
             any, where the samples are.
         strict: raise where a sample fails, instead of filling its column ``error``.
+        whole: raise where memory does not suffice for a batch, instead of halving it.
 
     Attributes:
         blocks: names of what FI is of: ``("input",)``, the layers' names, ...
@@ -86,6 +87,7 @@ class BatchScorer:
         *,
         device: torch.device | str | None = None,
         strict: bool = False,
+        whole: bool = False,
     ) -> None:
         check_model(model)
         self.model, self.measure, self.strict = model, measure, strict
@@ -93,6 +95,7 @@ class BatchScorer:
         self.blocks = measure.blocks(model)
         self.columns = value_columns(measure, self.blocks)
         self.scored = self.failed = 0
+        self._whole = whole
         self._blamed = 0  # samples on which the model itself failed
 
     def __call__(self, samples: Samples) -> Columns:
@@ -104,7 +107,7 @@ class BatchScorer:
         Raises:
             OptionError: ``y`` needs labels and the data has none.
             Exception: with ``strict``, the first failure (a DataError where a sample could not be
-                read). Otherwise out of memory with several samples; errors of options, modes and
+                read). Otherwise, with ``whole``, out of memory; errors of options, modes and
                 devices; and what the model raises if it fails for every one of the first samples.
         """
         n = len(samples.ids)
@@ -153,7 +156,8 @@ class BatchScorer:
                     first = positions[bad[0]]
                     name = work.samples.ids[first]
                     raise type(error)(f"sample {name}: {_text(error)}") from error
-                if self.strict or (is_out_of_memory(error) and several) or _fatal(error):
+                starved = several and is_out_of_memory(error)
+                if (self._whole if starved else self.strict) or _fatal(error):
                     raise
                 if several:
                     left += reversed(_cut(positions, bad))

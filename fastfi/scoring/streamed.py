@@ -14,11 +14,19 @@ from fastfi.data import ImageSource
 from fastfi.errors import InputError
 from fastfi.scoring.items import Item, Reader, is_batch
 from fastfi.scoring.scorer import Samples
-from fastfi.scoring.source import PROBES, Ranges, Source, class_names_of, part_of
+from fastfi.scoring.source import (
+    PROBES,
+    Ranges,
+    Source,
+    class_names_of,
+    joined_samples,
+    part_of,
+)
 
 __all__ = ["ImagesSource", "StreamSource"]
 
 _END = object()
+_PLACES = 4  # where image files are looked at
 
 
 class StreamSource(Source):
@@ -107,9 +115,9 @@ class ImagesSource(Source):
         self._data, self._reader, self._limit = data, reader, limit
         self.kind = f"{data.format} images"
         self.class_names = data.classes
-        self.length = data.length
-        if limit is not None:
-            self.length = limit if data.length is None else min(limit, data.length)
+        if data.length is None:
+            raise InputError(f"data: expected images whose number is known, got {data.path}")
+        self._length = self.length = data.length if limit is None else min(limit, data.length)
 
     def _samples(self, start: int, stop: int, size: int) -> Iterator[Samples]:
         batches: Any = self._data.batches(size, limit=stop, start=start, keep_errors=True)
@@ -125,7 +133,11 @@ class ImagesSource(Source):
                 yield Samples(batch.ids, x, batch.y, batch.errors)
 
     def probes(self) -> Samples:
-        return next(self._samples(0, PROBES, PROBES))
+        # In a few places: a compressed file is read from its beginning for each.
+        size, last = PROBES // _PLACES, self._length
+        starts = {round(i * max(last - size, 0) / (_PLACES - 1)) for i in range(_PLACES)}
+        found = [next(self._samples(at, min(at + size, last), size)) for at in sorted(starts)]
+        return joined_samples(found)
 
     def read(self, ranges: Ranges, size: int, workers: int) -> Iterator[tuple[int, Samples]]:
         for start, stop in _joined(ranges, size):
