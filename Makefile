@@ -8,12 +8,12 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench lint doctor clean
+.PHONY: demo test bench lint docs doctor clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.digits --out demo-output
 
-test: $(VENV)/ready
+test: $(VENV)/test-ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 bench: $(VENV)/ready
@@ -26,13 +26,23 @@ lint: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet "ruff>=0.11" "mypy>=1.11"
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+# The site, in site/; warnings are errors. Nothing in it is loaded from elsewhere.
+docs: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet "fastfi[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # The editable install builds fastfi/_C in the source tree; changed sources build it again.
 $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ".[examples]"
+	touch $@
+
+# What only the tests need, Ray among it; fastfi itself is there already.
+$(VENV)/test-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet "fastfi[test]"
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info fastfi/_C.*.so demo-output
+	rm -rf build dist site *.egg-info fastfi/_C.*.so demo-output

@@ -17,7 +17,15 @@ from matplotlib.ticker import LogLocator
 
 from fastfi.plot.layers import COLOURS, draw_layers, kind_styles
 
-__all__ = ["Panel", "Profiles", "gallery", "layer_grid", "manhattan"]
+__all__ = [
+    "Panel",
+    "Profiles",
+    "draw_manhattan",
+    "gallery",
+    "layer_grid",
+    "legend_handles",
+    "manhattan",
+]
 
 GAP = 0.06  # between classes, as a share of a panel's images
 
@@ -41,8 +49,13 @@ class Panel:
     axis: str
 
 
-def _draw(axes: Axes, panel: Panel, classes: Sequence[str], floor: float) -> None:
-    """Points in the order of the classes, inside a class in the order of the data set."""
+def draw_manhattan(axes: Axes, panel: Panel, classes: Sequence[str], floor: float) -> None:
+    """Points in the order of the classes, inside a class in the order of the data set.
+
+    Args:
+        classes: their names.
+        floor: where smaller values are drawn: 0 has no place on a logarithmic axis.
+    """
     size = 9.0 if len(panel.fi) < 5_000 else 3.0
     gap = GAP * len(panel.fi) / len(classes)
     start, ticks = 0.0, []
@@ -56,7 +69,7 @@ def _draw(axes: Axes, panel: Panel, classes: Sequence[str], floor: float) -> Non
         axes.scatter(x[wrong], fi[wrong], s=34, marker="^", color=colour, ec="black", lw=0.6)
         ticks.append(start + (len(fi) - 1) / 2)
         start += len(fi) + gap
-    axes.axhline(1.0, color="0.25", lw=0.8, ls=(0, (5, 3)), zorder=0)
+    axes.axhline(1.0, color="0.25", lw=0.8, ls=(0, (5, 3)), zorder=0.6)
     axes.set_xticks(ticks, classes)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-gap, start)
@@ -65,6 +78,27 @@ def _draw(axes: Axes, panel: Panel, classes: Sequence[str], floor: float) -> Non
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.92", lw=0.6)
     axes.set_axisbelow(True)
+
+
+def legend_handles() -> list[Artist]:
+    """What the marks of :func:`draw_manhattan` mean."""
+    return [
+        Line2D(
+            [], [], marker="o", ls="", ms=5, color="0.4", mec="none", label="classified correctly"
+        ),
+        Line2D(
+            [],
+            [],
+            marker="^",
+            ls="",
+            ms=7,
+            color="0.7",
+            mec="black",
+            mew=0.6,
+            label="misclassified",
+        ),
+        Line2D([], [], color="0.25", lw=0.8, ls=(0, (5, 3)), label="FI = 1 (P = 1/2 at full rank)"),
+    ]
 
 
 def manhattan(
@@ -86,29 +120,12 @@ def manhattan(
         low = float(positive.min()) if len(positive) else 1.0
         for axes, panel in zip(axes_row, panels, strict=True):
             axes.set_yscale("log")
-            _draw(axes, panel, classes, low)
+            draw_manhattan(axes, panel, classes, low)
             axes.yaxis.set_major_locator(LogLocator(numticks=9))
             axes.minorticks_off()
         axes_row[0].set_ylabel("first-order influence FI")
-    handles = [
-        Line2D(
-            [], [], marker="o", ls="", ms=5, color="0.4", mec="none", label="classified correctly"
-        ),
-        Line2D(
-            [],
-            [],
-            marker="^",
-            ls="",
-            ms=7,
-            color="0.7",
-            mec="black",
-            mew=0.6,
-            label="misclassified",
-        ),
-        Line2D([], [], color="0.25", lw=0.8, ls=(0, (5, 3)), label="FI = 1 (P = 1/2 at full rank)"),
-    ]
     figure.suptitle(title, fontsize=13)
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=legend_handles(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
 
 
