@@ -62,7 +62,7 @@ def test_eps_follows_what_may_be_made_in_tf32(name: str) -> None:
 
 
 def test_rank_decisions_of_tf32_rows_are_those_of_ten_bits() -> None:
-    """Rows that err by 20 epsilons at most (:class:`fastfi.Exact`) stay dependent where they are."""
+    """Rows that err by 20 epsilons at most (see ``Exact``) stay dependent where they are."""
     assert default_rtol(TF32_EPS, 10) > 20 * TF32_EPS
 
 
