@@ -58,7 +58,8 @@ def main() -> None:
     seen = data.resident[-options.images :]
     tenth = options.images // 10
     first, last = statistics.median(seen[WARM:tenth]), statistics.median(seen[-tenth:])
-    print(json.dumps({"peak_bytes": last, "yardstick_bytes": first, "images": options.images}))
+    line = {"peak_bytes": last, "yardstick_bytes": first, "images": options.images, "reset": True}
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":
