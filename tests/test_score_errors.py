@@ -29,6 +29,7 @@ from torch.utils.data import (
 
 import fastfi
 from fastfi.data import open_dataset
+from fastfi.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -330,3 +331,36 @@ def test_data_of_which_nothing_can_be_scored(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="none of the 20 samples has a score; the first: Label"):
         scores = fastfi.score(network(), items, out=tmp_path / "scores", progress=False)
     assert scores.errors == 20
+
+
+def test_a_transform_that_fails_for_an_image(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", x=pixels(20, 1, 4, 5), y=np.arange(20) % 4)
+    calls = []
+
+    def transform(image: Tensor) -> Tensor:
+        calls.append(1)
+        if image[0, 0, 0] > 0.9:
+            raise RuntimeError("too bright")
+        return image.double()
+
+    source = open_dataset(tmp_path / "images.npz")
+    scores = fastfi.score(
+        network(), source, out=tmp_path / "s", transform=transform, batch_size=4, progress=False
+    )
+    bright = [i for i, image in enumerate(next(source.batches()).x) if image[0, 0, 0] > 0.9]
+    table = scores.to_table(["id", "error"]).to_pylist()
+    assert bright
+    assert [row["id"] for row in table if row["error"] == "RuntimeError: too bright"] == bright
+    assert scores.errors == len(bright)
+
+
+def test_items_of_a_stream_that_are_none(tmp_path: Path) -> None:
+    x, y = X[:10], Y[:10]
+    items = [(a, b) for a, b in zip(x, y, strict=True)]
+    items[4] = (1, 2, 3, 4)  # type: ignore[call-overload]
+    scores = fastfi.score(network(), iter(items), out=tmp_path / "s", progress=False)
+    errors = scores.to_table(["error"]).column(0).to_pylist()
+    assert [i for i, e in enumerate(errors) if e] == [4]
+    assert "expected (x, y) or (id, x, y), got a tuple of 4" in errors[4]
+    with pytest.raises(InputError, match="got a tuple of 4"):
+        fastfi.score(network(), iter(items[4:]), out=tmp_path / "t", progress=False)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from score_runs import Stream, check_values, contents, data, network, rows, simulated, stored
+from score_runs import Items, Stream, check_values, contents, data, network, rows, simulated, stored
 
 import fastfi
+from fastfi.errors import OptionError
 from fastfi.scoring.parts import wanted
 
 pytestmark = [
@@ -138,3 +139,23 @@ def test_wanted_ranges_of_all_processes_are_the_rest(
     covered = sorted(i for a, b in found for i in range(a, b))
     there = {i for a, b in done for i in range(a, b)}
     assert covered == [i for i in range(length) if i not in there]
+
+
+def test_a_share_reads_nothing_else(tmp_path: Path) -> None:
+    x, y = data(40)
+    rows = []
+    for k in range(2):
+        items = Items(list(zip(x, y, strict=True)))
+        scores = fastfi.score(
+            network(), items, out=tmp_path / str(k), shard=(k, 2), part_rows=8, progress=False
+        )
+        assert not scores.complete
+        rows += scores.to_table(["id"]).column(0).to_pylist()
+        assert items.reads == len(scores) + 16  # those by which the data is recognised
+    assert sorted(rows) == list(range(40))
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), 1, ("0", "2")])
+def test_shares_that_cannot_be(tmp_path: Path, shard: Any) -> None:
+    with pytest.raises(OptionError, match="shard: expected"):
+        fastfi.score(network(), data(4), out=tmp_path / "s", shard=shard)

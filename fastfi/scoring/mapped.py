@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -55,7 +56,7 @@ class MapSource(Source):
         return self._collate(found)
 
     def read(self, ranges: Ranges, size: int, workers: int) -> Iterator[tuple[int, Samples]]:
-        starts: list[int] = []
+        starts: deque[int] = deque()
 
         def batches() -> Iterator[list[int]]:
             for start, stop in ranges:
@@ -72,8 +73,8 @@ class MapSource(Source):
             collate_fn=self._collate,
             **options,
         )
-        for i, samples in enumerate(loader):
-            yield starts[i], samples
+        for samples in loader:
+            yield starts.popleft(), samples
 
 
 WORKER_OPTIONS = ("multiprocessing_context", "prefetch_factor", "timeout")

@@ -123,13 +123,9 @@ class Run:
 
     def _batches(self, sizes: BatchSize, workers: int) -> Iterator[tuple[int, Samples]]:
         """Samples in batches of the size that is best so far, within a block each."""
-        ranges = wanted(
-            self._done.ranges, self._source.length, self._block, self._ranks.rank,
-            self._ranks.world,
-        )  # fmt: skip
         first = count = 0
         group: list[Samples] = []
-        for row, samples in self._source.read(ranges, sizes.unit, workers):
+        for row, samples in self._source.read(self._ranges(), sizes.unit, workers):
             apart = row != first + count or row % self._block == 0
             apart = apart or self._wants(row) != self._wants(first)
             if group and (apart or count + len(samples.ids) > sizes.size):

@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastfi.data import ImageSource
@@ -84,13 +85,19 @@ class StreamSource(Source):
         limit."""
         row = 0
         singles: list[Item | str] = []
+        batches = False
         items = itertools.chain(self._ahead, self._items)
         while self.limit is None or row + len(singles) < self.limit:
             given = next(items, _END)
             if given is _END:
                 break
-            item = self._reader.item(given)
-            if self._single(item):
+            try:
+                item: Item | str = self._reader.item(given)
+            except InputError as error:
+                if row + len(singles) == 0 or batches:  # nothing here is as it should be
+                    raise
+                item = str(error)
+            if isinstance(item, str) or self._single(item):
                 singles.append(item)
                 if len(singles) == size:
                     yield row, self._reader.samples(range(row, row + size), singles)
@@ -98,6 +105,7 @@ class StreamSource(Source):
                 continue
             if singles:
                 raise InputError("data: expected single samples or batches, got both")
+            batches = True
             samples = self._reader.batch(row, item)
             left = len(samples.ids) if self.limit is None else self.limit - row
             for first in range(0, min(len(samples.ids), left), size):
@@ -123,14 +131,28 @@ class ImagesSource(Source):
         batches: Any = self._data.batches(size, limit=stop, start=start, keep_errors=True)
         with closing(batches):
             for batch in batches:
-                x: Any = batch.x
+                samples = Samples(batch.ids, batch.x, batch.y, batch.errors)
                 at_once = getattr(self._reader.transform, "on_batch", None)  # [b, C, H, W]
                 if at_once is not None:
-                    x = at_once(x)
+                    samples = samples._replace(x=at_once(batch.x))
                 elif self._reader.transform is not None:
-                    x = [self._reader.x(image) for image in x]
-                    x = torch.stack(x) if len({image.shape for image in x}) == 1 else x
-                yield Samples(batch.ids, x, batch.y, batch.errors)
+                    samples = self._transformed(samples)
+                yield samples
+
+    def _transformed(self, samples: Samples) -> Samples:
+        """With the user's function applied to each image that could be read."""
+        xs: list[Tensor | None] = [None] * len(samples.ids)
+        errors = dict(samples.errors)
+        for i, image in enumerate(samples.x):
+            if i not in errors:
+                try:
+                    xs[i] = self._reader.x(image)
+                except Exception as error:
+                    errors[i] = f"{type(error).__name__}: {error}"
+        kinds = {(x.shape, x.dtype) for x in xs if x is not None}
+        one = len(kinds) == 1 and not errors
+        x: Any = torch.stack(xs) if one else xs  # type: ignore[arg-type]
+        return samples._replace(x=x, errors=errors)
 
     def probes(self) -> Samples:
         # In a few places: a compressed file is read from its beginning for each.
