@@ -6,6 +6,8 @@ VENV ?= .venv
 # that the environment already has: make test TORCH=
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+# Files of tests side by side: one more than there are cores, since some wait for other processes.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test bench lint docs doctor clean
@@ -14,7 +16,7 @@ demo: $(VENV)/ready
 	$(BIN)/python -m examples.digits --out demo-output
 
 test: $(VENV)/test-ready
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench.report

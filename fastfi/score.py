@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.utils.data import DataLoader
 
 import fastfi
 from fastfi._extras import require
-from fastfi.errors import DataError, OptionError
+from fastfi.errors import DataError, InputError, OptionError
 from fastfi.inverse import Inverse
 from fastfi.objectives import Objective
 from fastfi.scoring.batch_size import BatchSize
@@ -25,10 +28,12 @@ from fastfi.scoring.parts import PART_ROWS, PART_SECONDS
 from fastfi.scoring.ranks import joined
 from fastfi.scoring.result import Scores, open_scores
 from fastfi.scoring.run import Run
-from fastfi.scoring.scorer import BatchScorer
+from fastfi.scoring.scorer import BatchScorer, Samples
 from fastfi.scoring.sources import as_source
 
 __all__ = ["score"]
+
+_MANY = 8  # samples, none of which can be read: the data is not what it should be
 
 
 def score(
@@ -140,18 +145,23 @@ def score(
     )  # fmt: skip
     _check_options(batch_size, workers, limit, part_rows, part_seconds, resume, overwrite)
     _check_shard(shard)
-    scorer = BatchScorer(model, measure, device=device, strict=strict, whole=True)
+    _check_notes(notes)
+    limit = None if limit is None else int(limit)  # NumPy's integers have no place in JSON
     source = as_source(data, Reader(transform, (id_key, x_key, y_key)), limit)
     folder = Path(out)
     with joined(distributed) as ranks, ExitStack() as stack:
         probes = source.probes()
+        _check_probes(probes, measure)
+        scorer = BatchScorer(
+            model, measure, device=device, strict=strict, whole=True, labelled=probes.y is not None
+        )
         manifest = {
             "fastfi": fastfi.__version__,
             "torch": torch.__version__,
             "config": measure.config(),
             "model": {
-                **model_identity(model),
-                "sample": None if data_id else tried_on(model, probes, outputs, scorer.device),
+                **model_identity(model, trainable=measure.wrt != "input"),
+                "sample": None if data_id else tried_on(model, probes, measure, scorer.device),
             },
             "data": data_identity(source, probes, data_id),
             "id_type": "str" if any(isinstance(name, str) for name in probes.ids) else "int",
@@ -166,11 +176,16 @@ def score(
         # Every process has the same model and data, or none goes on.
         found = ranks.together(lambda: resumed(folder, manifest))
         # Asked together, before anybody writes: the first process's answer is everybody's.
-        if ranks.gathered(found["complete"] and all_there(folder, found["rows"]))[0]:
+        done = ranks.gathered(found["complete"] and all_there(folder, found["rows"]))[0]
+        if done and (data_id is not None or not source.streamed):  # a stream is compared
             return open_scores(folder)
         run = Run(scorer, source, found, folder, ranks, shard or (0, 1), part_rows, part_seconds)
-        own = getattr(data, "num_workers", 0)
-        rows = run(BatchSize(batch_size), own if workers is None else workers, progress)
+        own = data.num_workers if isinstance(data, DataLoader) else 0
+        rows = run(
+            BatchSize(batch_size if isinstance(batch_size, str) else int(batch_size)),
+            own if workers is None else int(workers),
+            progress,
+        )
         counts = ranks.gathered(rows)
         if len(set(counts)) > 1:
             raise DataError(
@@ -199,7 +214,7 @@ def _check_options(
         free = value is None if name in ("workers", "limit") else value == "auto"
         if name == "part_rows":
             free = False
-        whole = isinstance(value, int) and not isinstance(value, bool)
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if not free and not (whole and value >= least):
             also = {"batch_size": " or 'auto'"}.get(name, "")
             raise OptionError(f"{name}: expected a number from {least} up{also}, got {value!r}")
@@ -207,6 +222,28 @@ def _check_options(
         raise OptionError(f"part_seconds: expected seconds above 0, got {part_seconds!r}")
     if overwrite and not resume:
         raise OptionError("expected resume=False or overwrite=True, got both")
+
+
+def _check_notes(notes: Mapping[str, Any] | None) -> None:
+    try:
+        json.dumps(dict(notes or {}))
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"notes: expected what JSON can hold, got others ({error})") from error
+
+
+def _check_probes(probes: Samples, measure: Measure) -> None:
+    """Raises where no sample looked at can be read, or none has a label that is needed."""
+    n = len(probes.ids)
+    if n >= _MANY and len(probes.errors) == n:
+        raise InputError(
+            f"data: expected samples that can be read, got none among {n}; the first: "
+            f"{probes.errors[0]}"
+        )
+    if measure.y != "predicted" and probes.y is None and len(probes.errors) < n:
+        raise OptionError(
+            f"y={measure.y!r}: expected samples with labels, got none; y='predicted' measures the "
+            "influence of the predicted classes"
+        )
 
 
 def _check_shard(shard: Any) -> None:

@@ -328,9 +328,11 @@ def test_batches_whose_parts_do_not_belong_together(batch: Any, tmp_path: Path) 
 
 def test_data_of_which_nothing_can_be_scored(tmp_path: Path) -> None:
     items = [(torch.rand(1, 5, 6), "cat") for _ in range(20)]
-    with pytest.warns(UserWarning, match="none of the 20 samples has a score; the first: Label"):
-        scores = fastfi.score(network(), items, out=tmp_path / "scores", progress=False)
-    assert scores.errors == 20
+    with pytest.warns(UserWarning, match="none of the 5 samples has a score; the first: Label"):
+        scores = fastfi.score(network(), items[:5], out=tmp_path / "scores", progress=False)
+    assert scores.errors == 5
+    with pytest.raises(InputError, match="expected samples that can be read, got none among 16"):
+        fastfi.score(network(), items, out=tmp_path / "more", progress=False)
 
 
 def test_a_transform_that_fails_for_an_image(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 from fastfi._extras import require
 from fastfi.errors import DataError
 
-__all__ = ["Color", "ImageDecoder", "stack", "unit"]
+__all__ = ["GRAY_MODES", "RGB_MODES", "Color", "ImageDecoder", "stack", "unit"]
 
 Color = Literal["auto", "gray", "rgb"]
 
-_GRAY_MODES = ("1", "L", "LA", "La")
-_RGB_MODES = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV")
+GRAY_MODES = ("1", "L", "LA", "La")
+RGB_MODES = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV")
 
 
 def unit(pixels: NDArray[Any]) -> Tensor:
@@ -120,9 +120,9 @@ class ImageDecoder:
                 raise DataError(f"{where}: 16-bit grey images cannot be read as RGB")
             self._color = "gray"
             return np.array(image).astype(np.uint16)
-        if mode not in _GRAY_MODES and mode not in _RGB_MODES:
+        if mode not in GRAY_MODES and mode not in RGB_MODES:
             raise DataError(f"{where}: pixels of mode {mode!r} are not supported")
-        gray = mode in _GRAY_MODES
+        gray = mode in GRAY_MODES
         if self._color == "auto":
             self._color = "gray" if gray else "rgb"
         elif self._color == "gray" and not gray and self._first_decides:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from fastfi.errors import FastfiError
+from fastfi.errors import FastfiError, OptionError
 from fastfi.model import forward
+from fastfi.scoring.measure import Measure
 from fastfi.scoring.scorer import NO_LABEL, Samples, device_of
 from fastfi.scoring.source import Source, part_of
 
@@ -21,22 +25,62 @@ _CLASSES = 32  # of the sample that a model is tried on
 _TOLERANCE = 0.05
 
 
-def model_identity(model: Any) -> dict[str, Any]:
+def model_identity(model: Any, trainable: bool = False) -> dict[str, Any]:
     """A model's class and the SHA-256 of its parameters and buffers: names, types, shapes, values.
 
-    Models that are no nn.Module, nor a method of one, have no digest.
+    Of a function, those of the modules that it uses: as a method, as variables of its own or of
+    its module, or bound by ``functools.partial``. Where there are none, there is no digest.
+
+    Args:
+        trainable: note which parameters are, as well.
+
+    Raises:
+        OptionError: a parameter has no values.
     """
-    module = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     named = type(model) if isinstance(model, nn.Module) else model
     name = getattr(named, "__qualname__", type(model).__qualname__)
     identity = {"class": f"{getattr(named, '__module__', '?')}.{name}", "digest": None}
-    if isinstance(module, nn.Module):
+    modules = _modules(model)
+    if modules:
         digest = hashlib.sha256()
-        for name, tensor in sorted((*module.named_parameters(), *module.named_buffers())):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(_bytes(tensor))
+        for module in modules:
+            # Buffers that are not saved, such as caches, may change with every call.
+            saved = module.state_dict(keep_vars=True).keys()
+            buffers = [(name, b) for name, b in module.named_buffers() if name in saved]
+            for name, tensor in sorted((*module.named_parameters(), *buffers), key=lambda t: t[0]):
+                if tensor.is_meta or is_lazy(tensor):
+                    raise OptionError(
+                        f"model: expected parameters with values, got {name} without any"
+                    )
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(_bytes(tensor))
         identity["digest"] = digest.hexdigest()
+    if trainable:
+        names = [n for m in modules for n, p in m.named_parameters() if p.requires_grad]
+        marked = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        identity["trainable"] = f"{len(names)} parameters ({marked[:12]})"
     return identity
+
+
+def _modules(model: Any, depth: int = 3) -> list[nn.Module]:
+    """The modules that a model is or uses."""
+    if isinstance(model, nn.Module):
+        return [model]
+    if depth == 0:
+        return []
+    if isinstance(model, functools.partial):
+        parts = [model.func, *model.args, *model.keywords.values()]
+    elif inspect.ismethod(model):
+        parts = [model.__self__]
+    elif inspect.isfunction(model):
+        try:
+            used = inspect.getclosurevars(model)
+        except ValueError:  # a variable that is not set yet
+            return []
+        parts = [*used.nonlocals.values(), *used.globals.values()]
+    else:
+        parts = list(vars(model).values()) if hasattr(model, "__dict__") else []
+    return [found for part in parts for found in _modules(part, depth - 1)]
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -47,9 +91,10 @@ def _bytes(tensor: Tensor) -> Any:
     return t.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def tried_on(model: Any, samples: Samples, outputs: str, device: Any) -> dict[str, Any] | None:
+def tried_on(model: Any, samples: Samples, measure: Measure, device: Any) -> dict[str, Any] | None:
     """The log-probabilities that a model gives to the first of the samples that it takes: code and
-    preprocessing show there, beside the parameters. None where it takes none."""
+    preprocessing show there, beside the parameters. And the values of objectives that are the
+    user's functions, which a name does not tell. None where the model takes no sample."""
     for i in range(len(samples.ids)):
         if i in samples.errors:
             continue
@@ -58,14 +103,26 @@ def tried_on(model: Any, samples: Samples, outputs: str, device: Any) -> dict[st
         place = device if device is not None else device_of(model)
         try:
             with torch.no_grad():
-                z = forward(model, x[None].to(place or x.device), outputs)
+                z = forward(model, x[None].to(place or x.device), measure.outputs)
         except FastfiError:  # not finite: the sample will get an error of its own
             continue
         except Exception:  # the user's model; the run meets the same error
             return None
         values = z[0].double().log_softmax(0)[:_CLASSES].tolist()
-        return {"id": samples.ids[i], "log_prob": [round(v, 4) for v in values]}
+        own = {name: _values(f, z.double()) for name, f in measure.own_objectives.items()}
+        log_prob = [round(v, 4) for v in values]
+        return {"id": samples.ids[i], "log_prob": log_prob, "objectives": own}
     return None
+
+
+def _values(objective: Any, z: Tensor) -> list[float] | None:
+    """An objective of logits z [1, K], for the predicted class and for class 0."""
+    try:
+        with torch.no_grad():
+            found = [objective(z, y) for y in (z.argmax(1), z.new_zeros(1, dtype=torch.int64))]
+        return [float(value[0]) for value in found]
+    except Exception:  # the user's function; the run meets the same error
+        return None
 
 
 class StreamDigest:
@@ -145,20 +202,33 @@ def _models(
     if a.get("digest") != b["digest"]:
         first, second = (str(m.get("digest"))[:12] for m in (a, b))
         return [_apart("model, other parameters, digest", first, second, words)]
+    if "trainable" in a and "trainable" in b and a["trainable"] != b["trainable"]:
+        return [_apart("model, trainable", a.get("trainable"), b.get("trainable"), words)]
     before, after = a.get("sample"), b.get("sample")
     if not outputs or before is None or after is None or before["id"] != after["id"]:
         return []
-    pairs = list(zip(before["log_prob"], after["log_prob"], strict=False))
-    worst = max((abs(p - q) / (1 + abs(p)) for p, q in pairs if p != q), default=0.0)
-    if worst < _TOLERANCE and len(before["log_prob"]) == len(after["log_prob"]):
-        return []
-    line = _apart(
-        f"model, the same parameters, but other log-probabilities for sample {before['id']!r}",
-        before["log_prob"][:3],
-        after["log_prob"][:3],
-        words,
-    )
-    return [f"{line}; its code or the preprocessing has changed"]
+    if not _alike(before["log_prob"], after["log_prob"]):
+        line = _apart(
+            f"model, the same parameters, but other log-probabilities for sample {before['id']!r}",
+            before["log_prob"][:3],
+            after["log_prob"][:3],
+            words,
+        )
+        return [f"{line}; its code or the preprocessing has changed"]
+    ours = after.get("objectives", {})
+    return [
+        _apart(f"objective {name}, for sample {before['id']!r}", values, ours.get(name), words)
+        for name, values in before.get("objectives", {}).items()
+        if not _alike(values, ours.get(name))
+    ]
+
+
+def _alike(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
+    """Whether numbers are those of one model, as several devices compute them."""
+    if a is None or b is None or len(a) != len(b):
+        return a is b
+    worst = max((abs(p - q) / (1 + abs(p)) for p, q in zip(a, b, strict=True) if p != q), default=0)
+    return worst < _TOLERANCE
 
 
 def _data(a: Mapping[str, Any], b: Mapping[str, Any], words: tuple[str, str]) -> list[str]:

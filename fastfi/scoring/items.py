@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastfi.data._pixels import stack
+from fastfi.data._pixels import GRAY_MODES, RGB_MODES, stack
 from fastfi.errors import InputError, LabelError
 from fastfi.scoring.scorer import NO_LABEL, Samples
 
-__all__ = ["Item", "Reader"]
+__all__ = ["Item", "Reader", "own_array"]
 
 _X = ("image", "img", "images", "pixel_values", "x", "input", "inputs", "features")
 _Y = ("label", "labels", "fine_label", "target", "targets", "y")
@@ -73,15 +75,26 @@ class Reader:
             (given,) = given
         return Item(None, given, None)
 
+    def class_names(self, dataset: Any) -> tuple[str, ...] | None:
+        """The classes' names, if the data set knows them: torchvision's ``classes``, or those of
+        the label column in Hugging Face's ``features``."""
+        names = getattr(dataset, "classes", None)
+        features = getattr(dataset, "features", None)
+        if names is None and isinstance(features, Mapping):
+            key = next((n for n in (self.keys[2], *_Y) if n is not None and n in features), None)
+            names = getattr(features.get(key), "names", None)
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+            return tuple(names)
+        return None
+
     def x(self, given: Any) -> Tensor:
         """One sample: tensors as they are, arrays as tensors, images as [C, H, W] in 0..1."""
         if self.transform is not None:
             given = self.transform(given)
         if isinstance(given, Tensor):
             return given.detach()
-        if hasattr(given, "getbands") and hasattr(given, "convert"):  # a PIL image
-            gray = set(given.getbands()) <= {"1", "L", "A"}
-            return stack([np.array(given.convert("L" if gray else "RGB"))])[0]
+        if hasattr(given, "getbands") and hasattr(given, "convert"):
+            return _of_pil(given)
         if isinstance(given, np.ndarray):
             return torch.from_numpy(np.array(given))
         if isinstance(given, (list, tuple)):
@@ -120,9 +133,8 @@ class Reader:
             xs.append(x)
             ys.append(y)
         labels = torch.tensor(ys, dtype=torch.int64)
-        one = not errors and len({(x.shape, x.dtype, x.device) for x in xs if x is not None}) == 1
-        x_all = torch.stack(xs) if one else xs  # type: ignore[arg-type]
-        return Samples(out_ids, x_all, labels if bool((labels != NO_LABEL).any()) else None, errors)
+        y_all = labels if bool((labels != NO_LABEL).any()) else None
+        return Samples(out_ids, stacked(xs), y_all, errors)
 
     def batch(self, first: int, item: Item) -> Samples:
         """A batch that came as one: x [b, ...], y [b].
@@ -133,16 +145,26 @@ class Reader:
         Raises:
             InputError, LabelError: its parts do not belong together.
         """
+        errors: dict[int, str] = {}
         if self.transform is not None or not isinstance(item.x, (Tensor, np.ndarray)):
-            xs = [self.x(x) for x in item.x]
-            x: Any = torch.stack(xs) if len({x.shape for x in xs}) == 1 else xs
+            xs: list[Tensor | None] = [None] * len(item.x)
+            for i, given in enumerate(item.x):
+                try:
+                    xs[i] = self.x(given)
+                except Exception as error:  # transform is the user's code
+                    errors[i] = f"{type(error).__name__}: {error}"
+            x: Any = stacked(xs)
         else:
-            x = item.x.detach() if isinstance(item.x, Tensor) else torch.from_numpy(_own(item.x))
+            x = (
+                item.x.detach()
+                if isinstance(item.x, Tensor)
+                else torch.from_numpy(own_array(item.x))
+            )
         n = len(x)
         ids: Sequence[Any] = range(first, first + n)
         if item.id is not None:
             ids = [identity(i) for i in item.id]
-        y = item.y if not isinstance(item.y, np.ndarray) else _own(item.y)
+        y = item.y if not isinstance(item.y, np.ndarray) else own_array(item.y)
         y = None if y is None else torch.as_tensor(y)
         if y is not None and (y.is_floating_point() or y.dtype == torch.bool or y.dim() != 1):
             raise LabelError(f"data: expected integer labels [{n}], got {y.dtype} {list(y.shape)}")
@@ -151,17 +173,36 @@ class Reader:
                 f"data: expected as many ids and labels as samples, got {len(ids)} ids and "
                 f"{'no' if y is None else len(y)} labels for {n} samples"
             )
-        return Samples(ids, x, None if y is None else y.to(torch.int64), {})
+        return Samples(ids, x, None if y is None else y.to(torch.int64), errors)
 
 
-def _own(array: NDArray[Any]) -> NDArray[Any]:
+def stacked(xs: Sequence[Tensor | None]) -> Tensor | Sequence[Tensor | None]:
+    """Samples as one tensor, where all are there and alike."""
+    kinds = {None if x is None else (x.shape, x.dtype, x.device) for x in xs}
+    return torch.stack(xs) if len(kinds) == 1 and None not in kinds else xs  # type: ignore[arg-type]
+
+
+def _of_pil(image: Any) -> Tensor:
+    """A PIL image as [C, H, W] in 0..1, as :mod:`fastfi.data` reads files."""
+    if image.mode.startswith("I;16"):
+        return stack([np.array(image).astype(np.uint16)])[0]
+    if image.mode not in (*GRAY_MODES, *RGB_MODES):
+        raise InputError(
+            f"data: expected images of 8 or 16 bits, got a PIL image of mode {image.mode!r}; "
+            "transform= can make a tensor of it"
+        )
+    return stack([np.array(image.convert("L" if image.mode in GRAY_MODES else "RGB"))])[0]
+
+
+def own_array(array: NDArray[Any]) -> NDArray[Any]:
     """An array that torch can share: as it is where it may be written, else a copy."""
     return array if array.flags.writeable and array.flags.c_contiguous else array.copy()
 
 
 def is_batch(item: Item) -> bool:
-    """Whether an item of an iterable is a batch: its labels have a dimension."""
-    return getattr(item.y, "ndim", 0) == 1 or isinstance(item.y, (list, tuple))
+    """Whether an item of an iterable is a batch: it has as many labels as samples."""
+    several = getattr(item.y, "ndim", 0) == 1 or isinstance(item.y, (list, tuple))
+    return several and hasattr(item.x, "__len__") and len(item.y) == len(item.x)
 
 
 def identity(given: Any) -> int | str:
@@ -172,7 +213,7 @@ def identity(given: Any) -> int | str:
     """
     if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 0:
         given = given.item()
-    if isinstance(given, str):
+    if isinstance(given, (str, os.PathLike)):
         return str(given)
     if _whole(given):
         return int(given)
@@ -193,7 +234,7 @@ def label(given: Any) -> int:
     Raises:
         LabelError: it is no integer.
     """
-    if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 0:
+    if isinstance(given, (Tensor, np.ndarray)) and math.prod(given.shape) == 1:
         given = given.item()
     if _whole(given):
         return int(given)

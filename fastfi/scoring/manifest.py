@@ -89,6 +89,8 @@ def resumed(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
             "folder, or overwrite"
         )
     lines = differences(found, manifest)
+    if not lines and found.get("blocks") != manifest["blocks"]:
+        lines = [f"blocks: {found.get('blocks')} there, {manifest['blocks']} now"]
     if lines:
         raise ResumeError(
             f"out={folder}: holds scores of another run:"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from torch.utils.data import DataLoader
@@ -12,7 +13,7 @@ from fastfi.data import ImageSource
 from fastfi.errors import InputError
 from fastfi.scoring.items import Item, Reader
 from fastfi.scoring.scorer import Samples
-from fastfi.scoring.source import PROBES, Ranges, Source, class_names_of
+from fastfi.scoring.source import PROBES, Ranges, Source
 
 __all__ = ["WORKER_OPTIONS", "MapSource"]
 
@@ -45,7 +46,7 @@ class MapSource(Source):
         names = dataset.ids() if isinstance(dataset, ImageSource) else None
         self._collate = _Collate(reader, collate, names)
         self._loader = dict(loader or {})
-        self.class_names = class_names_of(dataset)
+        self.class_names = reader.class_names(dataset)
 
     def probes(self) -> Samples:
         assert self.length is not None
@@ -141,6 +142,7 @@ class _Collate:
         names: Sequence[Any] | None,
     ) -> None:
         self._reader, self._own, self._names = reader, collate, names
+        self._plain = replace(reader, transform=None)
         self._own_ids = False
 
     def find_ids(self, found: Sequence[Any]) -> None:
@@ -181,7 +183,8 @@ class _Collate:
         try:
             if self._own is None:
                 return self._reader.item(item[0])
-            alone = self._reader.batch(0, self._reader.item(self._own([item[0]])))
+            # Without the transform, which is applied to each item later.
+            alone = self._plain.batch(0, self._plain.item(self._own([item[0]])))
             name = None if isinstance(alone.ids, range) else alone.ids[0]
             return Item(name, alone.x[0], None if alone.y is None else alone.y[0])
         except Exception as error:  # the user's data and functions

@@ -75,6 +75,13 @@ class Measure:
         return tuple(f if isinstance(f, str) else _name(f) for f in self.objective)
 
     @property
+    def own_objectives(self) -> dict[str, Objective]:
+        """The objectives that are the user's functions."""
+        assert isinstance(self.objective, tuple)
+        named = zip(self.objectives, self.objective, strict=True)
+        return {name: f for name, f in named if not isinstance(f, str)}
+
+    @property
     def ranked(self) -> bool:
         """Whether there are ranks: Damped has none."""
         return not isinstance(self.inverse, Damped)

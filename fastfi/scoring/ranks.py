@@ -37,7 +37,12 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self._group)
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise FastfiError(
+                f"another of the {self.world} processes stopped; its own message says why"
+            ) from error
         return values
 
     def together(self, work: Callable[[], T]) -> T:

@@ -42,6 +42,8 @@ class Run:
     ) -> None:
         self._scorer, self._source, self._ranks = scorer, source, ranks
         self._done = Done(folder)
+        # A complete stream is read again and compared: of so many samples.
+        self._expected = manifest["rows"] if manifest["complete"] else None
         self._id_type = manifest["id_type"]
         self._block = part_rows
         # The blocks of rows that are this process's: number self._mine modulo self._shares.
@@ -82,6 +84,11 @@ class Run:
             try:
                 for row, samples in self._placed(self._batches(sizes, workers)):
                     end = max(end, row + len(samples.ids))
+                    if self._expected is not None and end > self._expected:
+                        raise ResumeError(
+                            f"data: expected {self._expected} samples, as in the finished run, "
+                            "got more"
+                        )
                     if self._wants(row):
                         self._score(row, samples, sizes, advance)
                     else:

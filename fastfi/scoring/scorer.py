@@ -70,6 +70,8 @@ class BatchScorer:
             any, where the samples are.
         strict: raise where a sample fails, instead of filling its column ``error``.
         whole: raise where memory does not suffice for a batch, instead of halving it.
+        labelled: whether the data is known to have labels: samples without one are errors then.
+            Otherwise a first batch without labels says that it has none.
 
     Attributes:
         blocks: names of what FI is of: ``("input",)``, the layers' names, ...
@@ -88,6 +90,7 @@ class BatchScorer:
         device: torch.device | str | None = None,
         strict: bool = False,
         whole: bool = False,
+        labelled: bool = False,
     ) -> None:
         check_model(model)
         self.model, self.measure, self.strict = model, measure, strict
@@ -95,7 +98,8 @@ class BatchScorer:
         self.blocks = measure.blocks(model)
         self.columns = value_columns(measure, self.blocks)
         self.scored = self.failed = 0
-        self._whole = whole
+        self._whole, self._labelled = whole, labelled
+        self._error: Exception | None = None  # the last one that the model itself made
         self._blamed = 0  # samples on which the model itself failed
 
     def __call__(self, samples: Samples) -> Columns:
@@ -111,8 +115,8 @@ class BatchScorer:
                 devices; and what the model raises if it fails for every one of the first samples.
         """
         n = len(samples.ids)
-        unread = len(samples.errors) == n
-        if samples.y is None and self.measure.y != "predicted" and not (unread or self.scored):
+        known = self._labelled or self.scored > 0 or len(samples.errors) == n
+        if samples.y is None and self.measure.y != "predicted" and not known:
             raise OptionError(
                 f"y={self.measure.y!r}: expected samples with labels, got none; y='predicted' "
                 "measures the influence of the predicted classes"
@@ -124,6 +128,8 @@ class BatchScorer:
             raise DataError(f"sample {samples.ids[position]}: {text}")
         for positions in _by_shape(samples, work.errors):
             self._score(work, positions)
+        if self._error is not None and self.scored + work.done == 0 and self._blamed >= _PATIENCE:
+            raise self._error
         self.failed += len(work.errors)
         self.scored += n - len(work.errors)
         label = _empty(n, "int")
@@ -163,9 +169,9 @@ class BatchScorer:
                     left += reversed(_cut(positions, bad))
                     continue
                 work.errors[positions[0]] = _text(error)
-                self._blamed += not bad or str(error).startswith("model:")
-                if self.scored + work.done == 0 and self._blamed >= _PATIENCE:
-                    raise
+                if not bad or str(error).startswith("model:"):
+                    self._blamed += 1
+                    self._error = error.with_traceback(None)  # which would hold the tensors
             else:
                 work.fill(positions, results, self.measure, len(self.blocks))
 

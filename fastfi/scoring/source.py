@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfi.scoring.scorer import NO_LABEL, Samples
 
-__all__ = ["PROBES", "Ranges", "Source", "class_names_of", "joined_samples", "part_of"]
+__all__ = ["PROBES", "Ranges", "Source", "joined_samples", "part_of"]
 
 Ranges = Iterable[tuple[int, int]]
 """Rows [start, stop) that are wanted: ascending, disjoint; endless where no length is known."""
@@ -76,14 +76,3 @@ def joined_samples(parts: Sequence[Samples]) -> Samples:
     none = [torch.full((len(part.ids),), NO_LABEL) for part in parts]
     ys = [n if part.y is None else part.y.cpu() for n, part in zip(none, parts, strict=True)]
     return Samples(ids, x, torch.cat(ys), errors)
-
-
-def class_names_of(dataset: Any) -> tuple[str, ...] | None:
-    """The classes' names: torchvision's ``classes``, or those of a Hugging Face label column."""
-    names = getattr(dataset, "classes", None)
-    features = getattr(dataset, "features", None)
-    if names is None and isinstance(features, Mapping):
-        names = next((f.names for f in features.values() if hasattr(f, "names")), None)
-    if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
-        return tuple(names)
-    return None

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 
 from fastfi.data import ImageSource
 from fastfi.errors import InputError
+from fastfi.scoring.fingerprint import StreamDigest
 from fastfi.scoring.items import Item, Reader, is_batch
 from fastfi.scoring.scorer import Samples
 from fastfi.scoring.source import (
     PROBES,
     Ranges,
     Source,
-    class_names_of,
     joined_samples,
     part_of,
 )
@@ -46,10 +46,26 @@ class StreamSource(Source):
         self, data: Iterable[Any], reader: Reader, batched: bool = False, limit: int | None = None
     ) -> None:
         dataset = data.dataset if isinstance(data, DataLoader) else data
-        self.kind, self.class_names = type(dataset).__name__, class_names_of(dataset)
+        self.kind, self.class_names = type(dataset).__name__, reader.class_names(dataset)
         self._reader, self._batched, self.limit = reader, batched, limit
         self._items = iter(data)
-        self._ahead: list[Any] = list(itertools.islice(self._items, 1))
+        several = isinstance(data, DataLoader) and data.num_workers > 1
+        self._ahead: list[Any] = list(itertools.islice(self._items, 2 if several else 1))
+        if len(self._ahead) == 2:
+            self._check_workers()
+
+    def _check_workers(self) -> None:
+        """The first two batches are of two workers: InputError if they are the same."""
+        digests = []
+        for given in self._ahead:
+            digest = StreamDigest()
+            digest.add(self._reader.batch(0, self._reader.item(given)))
+            digests.append(digest.text())
+        if digests[0] == digests[1]:
+            raise InputError(
+                "data: expected the workers of the DataLoader to yield different samples, got the "
+                "same ones from two; torch.utils.data.get_worker_info() tells a worker its share"
+            )
 
     def _single(self, item: Item) -> bool:
         return not (is_batch(item) or (self._batched and item.y is None))
@@ -61,7 +77,7 @@ class StreamSource(Source):
         if self._single(item):
             return self._reader.samples([0], [item])
         samples = self._reader.batch(0, item)
-        return part_of(samples, 0, min(PROBES, len(samples.ids)))
+        return part_of(samples, 0, 1)  # however many come in a batch
 
     def read(self, ranges: Ranges, size: int, workers: int) -> Iterator[tuple[int, Samples]]:
         # Cut where the wanted ranges begin and end, so that no batch is in two of them.
@@ -98,6 +114,8 @@ class StreamSource(Source):
                     raise
                 item = str(error)
             if isinstance(item, str) or self._single(item):
+                if batches:
+                    raise InputError("data: expected single samples or batches, got both")
                 singles.append(item)
                 if len(singles) == size:
                     yield row, self._reader.samples(range(row, row + size), singles)
