@@ -38,6 +38,7 @@ __all__ = ["InfluenceOutlierDetector"]
 
 _LABELS = ("predicted", "label")
 _FLOAT = np.finfo(np.float64)
+_WHOLE = 2.0**53  # every float from here on is an integer, meant or not
 
 
 class InfluenceOutlierDetector(_OutlierMixin, _BaseEstimator):
@@ -79,6 +80,12 @@ class InfluenceOutlierDetector(_OutlierMixin, _BaseEstimator):
         feature_names_in_: [n_features_in_] of str, where ``fit`` got a DataFrame with such columns.
         input_shape_: the shape of one sample as the model takes it.
         model_: the model on its device: ``model`` itself, or the copy.
+
+    With ``y="label"``, ``cross_val_predict`` and a ``Pipeline``'s ``predict``,
+    ``decision_function`` and ``score_samples`` do not work, because scikit-learn hands them no y
+    (its ``fit`` and ``fit_predict`` do). Call the detector's own methods instead: on each split of
+    a cross-validation, ``detector.fit(X[a], y[a]).predict(X[b], y[b])``; in a pipeline,
+    ``pipeline[-1].decision_function(pipeline[:-1].transform(X), y)``.
 
     X is everywhere an array-like of numbers [n, n_features], or an array or tensor [n, ...] whose
     samples have ``input_shape_``. It is given to the model in the type of its parameters.
@@ -136,7 +143,8 @@ class InfluenceOutlierDetector(_OutlierMixin, _BaseEstimator):
         Args:
             X: [n, n_features] or [n, ...]. With a number for ``contamination`` all are scored,
                 otherwise the first alone, to see that the model takes it.
-            y: [n] integers from 0 to K - 1 with ``y="label"``; not used with ``y="predicted"``.
+            y: [n] integers from 0 to K - 1 with ``y="label"``, of any type of integers or floats;
+                not used with ``y="predicted"``.
 
         Returns:
             self
@@ -211,8 +219,13 @@ class InfluenceOutlierDetector(_OutlierMixin, _BaseEstimator):
                 "is None"
             )
         if isinstance(y, Tensor):
-            y = y.detach().cpu().numpy()
+            y = y.detach().cpu()
+            y = (y.double() if y.is_floating_point() else y).numpy()
         labels: NDArray[Any] = _validation.column_or_1d(y)
+        if labels.dtype.kind == "f":  # as many tables and scikit-learn's own functions have them
+            wide = labels.astype(np.float64)
+            if bool(((wide == np.trunc(wide)) & (np.abs(wide) < _WHOLE)).all()):
+                return wide.astype(np.int64)
         return labels
 
     def _samples(self, X: Any, reset: bool) -> NDArray[Any]:

@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 import fastfi
 from fastfi.cli._app import app
+from fastfi.scoring.comparison import compare
 from fastfi.scoring.result import open_scores
 
 MODEL = {"class": "nets.Net", "digest": "a" * 64}
@@ -330,4 +332,19 @@ def test_data_without_rows():
     assert merge("a", "--out", "b").exit_code == 0
     assert open_scores("b").complete and len(open_scores("b")) == 0
     assert merge("b", "--out", "c.csv").exit_code == 0
-    assert Path("c.csv").read_text().splitlines() == ["id,label,predicted,log_prob,fi,rank,error"]
+    header = ["id,label,predicted,log_prob,fi,rank,error"]
+    assert Path("c.csv").read_text().splitlines() == header
+    manifest(Path("d"), 0)  # a run on data without samples writes no part
+    assert merge("d", "--out", "e.csv").exit_code == 0
+    assert Path("e.csv").read_text().splitlines() == header
+
+
+def test_a_csv_file_of_numbered_strings_is_paired_with_its_source():
+    ids = pa.array([str(i) for i in range(8)], pa.string())
+    for name, (start, stop) in {"a": (0, 5), "b": (5, 8)}.items():
+        table = score_table(start, stop).set_column(0, "id", ids[start:stop])
+        machine(name, (start, stop), table={"table": table}, id_type="str")
+    for out in ("c.csv", "d.parquet"):
+        assert merge("a", "b", "--out", out).exit_code == 0
+    assert compare("c.csv", "d.parquet").pairs.ids.tolist() == list(range(8))
+    assert compare("d.parquet", "c.csv").pairs.ids.tolist() == ids.to_pylist()

@@ -146,6 +146,14 @@ def test_columns(tmp_path):
         )
 
 
+def test_data_without_samples(tmp_path):
+    manifest(tmp_path / "s", 0)
+    result = summary(tmp_path / "s", "--top", 3, "--by", "label", "--column", "fi")
+    assert result.exit_code == 0 and ": 0 samples\n" in result.stdout
+    found = said(tmp_path / "s", "--top", 3, "--by", "label")
+    assert found["percentiles"] == {"fi": {}} and found["top"] == found["by"] == []
+
+
 def test_a_column_that_is_in_the_table_already(tmp_path):
     folder = write_folder(tmp_path / "s", [0, 10])
     result = summary(folder, "--column", "log_prob", "--top", 2)

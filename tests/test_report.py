@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_data import columns, write_scores
+from score_files import manifest
 
 from fastfi.errors import DataError, OptionError
 from fastfi.report import write_report
@@ -329,6 +330,15 @@ def test_targets(tmp_path: Path) -> None:
     write_report(scores, target, overwrite=True)
     assert target.stat().st_size > 1_000_000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "scores"]
+
+
+def test_data_without_samples(tmp_path: Path) -> None:
+    folder = write_scores(tmp_path / "scores", columns(5))
+    manifest(empty := tmp_path / "empty", 0)
+    for pair in ((empty, None), (folder, empty)):
+        with pytest.raises(DataError, match="empty: holds no samples, as the data had none"):
+            write_report(pair[0], tmp_path / "r.html", pair[1])
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_scores_that_are_not_there_yet(tmp_path: Path) -> None:

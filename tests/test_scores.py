@@ -12,15 +12,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from score_files import CONFIG, manifest, score_table, write_folder, write_part
+from torch import nn
+from torch.utils.data import TensorDataset
 
+import fastfi
 from fastfi._extras import MissingExtraError
 from fastfi.errors import DataError, OptionError
+from fastfi.scoring.measure import Measure, value_columns
 from fastfi.scoring.result import PERCENTILES, open_scores
 
 
 def whole(*bounds: int, **how) -> pa.Table:
     return score_table(bounds[0], bounds[-1], **how)
+
+
+def mine(logits, labels):
+    return -logits.log_softmax(1)[:, 0]
 
 
 def test_a_score_directory(tmp_path):
@@ -107,9 +116,28 @@ def test_rows_by_number(tmp_path):
     scores = open_scores(write_folder(tmp_path / "s", [0, 3, 8]))
     assert scores.take([7, 0, 3, 0])["id"].to_pylist() == [7, 0, 3, 0]
     assert len(scores.take([])) == 0
-    for row in (-1, 8):
+    assert scores.take(np.array([2, 1], np.uint8))["id"].to_pylist() == [2, 1]
+    for row in (-1, 8, 2**63):
         with pytest.raises(OptionError, match=rf"expected rows 0..7, got {row}"):
             scores.take([row])
+
+
+def test_rows_by_a_mask(tmp_path):
+    scores = open_scores(write_folder(tmp_path / "s", [0, 3, 8]))
+    mask = np.arange(8) % 3 == 1
+    for given in (mask, mask.tolist(), pa.array(mask)):
+        assert scores.take(given)["id"].to_pylist() == [1, 4, 7]
+    assert len(scores.take(np.zeros(8, bool))) == 0
+    for given in (mask[:7], [True], True, mask[None]):
+        with pytest.raises(OptionError, match=r"rows: expected a mask of shape \[8\], got \["):
+            scores.take(given)
+
+
+@pytest.mark.parametrize("rows", [[0.9], [1.0], ["1"], [None], [[0, 1], [2]]])
+def test_what_is_no_number_of_a_row(tmp_path, rows):
+    scores = open_scores(write_folder(tmp_path / "s", [0, 5]))
+    with pytest.raises(OptionError, match="rows: expected "):
+        scores.take(rows)
 
 
 def test_a_column_that_is_not_there(tmp_path):
@@ -160,6 +188,70 @@ def test_a_run_that_has_just_begun(tmp_path):
         scores.percentiles()
 
 
+PLANS = {
+    "input": ({}, ()),
+    "both": ({"y": "both", "inverse": "damped"}, ()),
+    "objectives": ({"wrt": "params", "objective": ("cross_entropy", "margin")}, ()),
+    "layers": ({"wrt": "layers", "y": "both", "objective": ("margin", "logit")}, ("a", "b@c")),
+    "names": ({"wrt": ("a", "b"), "y": "predicted"}, ("a", "b")),
+    "callable": ({"wrt": ["a"], "objective": (mine, "logit")}, ("a",)),
+}
+
+
+@pytest.mark.parametrize("ids", ["int", "str"])
+@pytest.mark.parametrize("name", PLANS)
+def test_data_without_samples(tmp_path, name, ids):
+    """A run on it writes no part; the manifest tells the columns that it would have written."""
+    options, blocks = PLANS[name]
+    measure = Measure(**options)
+    config = json.loads(json.dumps(measure.config()))
+    manifest(tmp_path, 0, id_type=ids, config=config, blocks=list(blocks or ["input"]))
+    scores = open_scores(tmp_path)
+    kinds = {"float": pa.float64(), "int": pa.int64()}
+    middle = value_columns(measure, blocks)
+    expected = pa.schema(
+        [
+            ("id", pa.int64() if ids == "int" else pa.string()),
+            *((column, pa.int64()) for column in ("label", "predicted")),
+            *((column, kinds[kind]) for column, kind in middle.items()),
+            ("error", pa.string()),
+        ]
+    )
+    assert scores.complete and len(scores) == 0 and scores.blocks == blocks
+    assert scores.schema.equals(expected)
+    for table in (scores.to_table(), scores.top(), scores.take([])):
+        assert table.equals(expected.empty_table())
+    assert scores.to_table(["id", "error"]).column_names == ["id", "error"]
+    assert scores.fi_columns == tuple(c for c in middle if c.startswith("fi"))
+    assert scores.values().shape == (0,)
+    assert scores.percentiles() == {} == scores.percentiles([50], scores.fi_columns[-1])
+    assert scores.summary() == (0, 0, 0, None, {}, True)
+    with pytest.raises(OptionError, match="q: expected numbers from 0 to 100"):
+        scores.percentiles([101])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"config": None}, {"config": {"wrt": "layers", "objective": ["logit"]}, "blocks": None},
+     {"config": {"wrt": "input", "objective": "logit"}}],
+)  # fmt: skip
+def test_data_without_samples_and_a_manifest_that_does_not_tell_columns(tmp_path, changes):
+    manifest(tmp_path, 0, **changes)
+    scores = open_scores(tmp_path)
+    assert scores.columns == () and scores.complete
+    assert scores.summary() == (0, 0, 0, None, {}, True)
+
+
+def test_a_finished_run_on_no_samples(tmp_path):
+    data = TensorDataset(torch.rand(0, 6), torch.zeros(0, dtype=torch.long))
+    model = nn.Linear(6, 3).eval()
+    scores = fastfi.score(model, data, out=tmp_path / "s", wrt="layers", progress=False)
+    assert scores.complete and len(scores.top()) == 0
+    one = TensorDataset(torch.rand(1, 6), torch.zeros(1, dtype=torch.long))
+    other = fastfi.score(model, one, out=tmp_path / "t", wrt="layers", progress=False)
+    assert scores.schema.equals(other.schema)
+
+
 def test_a_part_that_is_missing_makes_it_incomplete(tmp_path):
     folder = write_folder(tmp_path / "s", [0, 4, 8, 12])
     (folder / "part-000000000004-000000000008.parquet").unlink()
@@ -180,6 +272,7 @@ def test_no_rows(tmp_path):
     assert scores.columns[-1] == "error"
     assert scores.summary() == (0, 0, 0, None, {}, True)
     assert scores.to_table().equals(whole(0, 0))
+    assert scores.percentiles() == {}
 
 
 def test_a_folder_of_another_programs_parquet_files(tmp_path):
@@ -356,6 +449,23 @@ def test_a_part_that_is_removed_while_it_is_read(tmp_path):
     path = folder / "part-000000000004-000000000008.parquet"
     path.unlink()
     with pytest.raises(DataError, match=f"{path.name}: was removed while it was read"):
+        scores.to_table()
+
+
+@pytest.mark.parametrize("name", ["s", "s/part-000000000000-000000000004.parquet", "s.csv"])
+def test_the_folder_of_the_process_changes(tmp_path, monkeypatch, name):
+    folder = write_folder(tmp_path / "s", [0, 4, 8])
+    (tmp_path / "s.csv").write_text("id,fi\n0,1\n1,2\n")
+    expected = open_scores(tmp_path / name).to_table()
+    monkeypatch.chdir(tmp_path)
+    scores = open_scores(name)
+    monkeypatch.chdir(folder)
+    assert scores.to_table().equals(expected)
+    assert len(scores.percentiles()) == len(PERCENTILES) and len(scores.top(1)) == 1
+    assert all(path.is_file() for path in scores.files)
+    (tmp_path / scores.files[0]).unlink()
+    assert str(scores.path) == name
+    with pytest.raises(DataError, match=r"^s(/part-0+-0+4.parquet|.csv): was removed while"):
         scores.to_table()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.csv import write_csv
 from score_files import manifest, score_table, write_folder, write_part
 
 from fastfi._extras import MissingExtraError
@@ -128,6 +129,24 @@ def test_ids_of_other_types_are_not_paired(tmp_path):
     b = write_folder(tmp_path / "b", [0, 10], ids="str")
     assert compare(a, b).unpaired == "ids are integers in the first, strings in the second"
     assert compare(a, b).pairs is None and compare(a, b).ks == 0
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_numbered_strings_match_integers(tmp_path, suffix):
+    """The strings "0", "1", ... come back from CSV as integers."""
+    table = score_table(0, 20)
+    missing = [None] if suffix == "parquet" else [19]  # in CSV, it would keep the others strings
+    numbers = pa.array([*range(19), *missing], pa.int64())
+    a = write(tmp_path / "a.parquet", table.set_column(0, "id", numbers.cast("string")))
+    b, table = tmp_path / f"b.{suffix}", table.set_column(0, "id", numbers)
+    (write_csv if suffix == "csv" else pq.write_table)(table, b)
+    assert (open_scores(a).id_type, open_scores(b).id_type) == ("str", "int")
+    matched = 20 - numbers.null_count
+    for pair, ids in (((a, b), list(map(str, range(matched)))), ((b, a), list(range(matched)))):
+        result = compare(*pair)
+        assert result.unpaired is None and result.pairs.ids.tolist() == ids
+        np.testing.assert_array_equal(result.pairs.a, result.pairs.b)
+        assert result.pairs.same_label.all() and result.only == (20 - matched,) * 2
 
 
 def test_samples_without_an_id_match_nothing(tmp_path):

@@ -17,6 +17,7 @@ pytest.importorskip("sklearn", "1.6", reason="fastfi.sklearn needs scikit-learn 
 from networks import mlp, small_cnn
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -127,6 +128,43 @@ def test_labels_that_do_not_fit(
     detector = InfluenceOutlierDetector(model, y="label", contamination=0.1, batch_size=16)
     with pytest.raises(LabelError, match=words):
         detector.fit(data, y)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", ">f8", "uint8"])
+def test_labels_of_any_type_of_whole_numbers(
+    model: nn.Module, data: np.ndarray, dtype: str
+) -> None:
+    y = np.arange(90) % 4
+    detector = InfluenceOutlierDetector(model, y="label").fit(data, y)
+    expected = detector.score_samples(data, y)
+    np.testing.assert_array_equal(detector.score_samples(data, y.astype(dtype)), expected)
+    for kind in (torch.float32, torch.bfloat16, torch.int16):
+        given = torch.tensor(y).to(kind)
+        np.testing.assert_array_equal(
+            detector.fit(data, given).score_samples(data, given), expected
+        )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300, 0.5, -1.0, 4.0])
+def test_floats_that_are_no_labels(model: nn.Module, data: np.ndarray, value: float) -> None:
+    y = np.where(np.arange(90) == 0, value, 1.0)
+    with pytest.raises(LabelError, match=r"expected (integer class|labels from 0 to)"):
+        InfluenceOutlierDetector(model, y="label").fit(data, y)
+
+
+def test_what_gets_no_labels_and_what_to_do_instead(model: nn.Module, data: np.ndarray) -> None:
+    """The advice of the docstring."""
+    y = np.arange(90) % 4
+    detector = InfluenceOutlierDetector(model, y="label")
+    pipeline = make_pipeline(FunctionTransformer(np.tanh), detector).fit(data, y)
+    with pytest.raises(LabelError, match="requires y to be passed"):
+        pipeline.decision_function(data)
+    with pytest.raises(LabelError, match="requires y to be passed"):
+        cross_val_predict(detector, data, y)
+    found = pipeline[-1].decision_function(pipeline[:-1].transform(data), y)
+    expected = clone(detector).fit(np.tanh(data), y).decision_function(np.tanh(data), y)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(pipeline.fit_predict(data, y) < 0, expected < 0)
 
 
 def test_predicted_labels_do_not_look_at_y(model: nn.Module, data: np.ndarray) -> None:

@@ -107,9 +107,14 @@ def common_measures(all_scores: Sequence[Scores]) -> list[Measure]:
     """The columns of FI that all sets of scores have, in the order of the first.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or there are no samples.
     """
     for scores in all_scores:
+        if scores.complete and not len(scores):
+            raise DataError(
+                f"{scores.path}: holds no samples, as the data had none: expected at least one for "
+                "a report"
+            )
         if not scores.fi_columns or not len(scores):
             raise DataError(f"{scores.path}: expected scores, got none")
     first, *others = all_scores

@@ -71,7 +71,8 @@ def write_report(
 
     Raises:
         OptionError: an option has no meaning, or the file is there already.
-        DataError: no scores, no FI in common, images or maps that do not belong to the scores.
+        DataError: no scores, no samples, no FI in common, images or maps that do not belong to the
+            scores.
         MissingExtraError: plotly, jinja2, pyarrow or Pillow is not installed.
         WriteError: the page cannot be written.
     """

@@ -83,12 +83,13 @@ class _Match(NamedTuple):
 
 
 def _match(a: Any, b: Any, types: tuple[str, str]) -> _Match:
-    """Matches two columns of ids (pyarrow.ChunkedArray), of which a null matches nothing."""
+    """Matches two columns of ids (pyarrow.ChunkedArray), of which a null matches nothing.
+
+    Integers match the strings that they are written as: CSV does not tell "7" from 7.
+    """
     compute = require("pyarrow.compute", "comparing scores", "score")
     if types[0] != types[1]:
-        words = {"int": "integers", "str": "strings"}
-        return _Match(None, None, f"ids are {words[types[0]]} in the first, {words[types[1]]} in "
-                                  "the second")  # fmt: skip
+        a, b = (ids.cast("string") for ids in (a, b))
     for which, ids in (("first", a), ("second", b)):
         there = ids.drop_null()
         if compute.count_distinct(there).as_py() < len(there):
@@ -100,6 +101,10 @@ def _match(a: Any, b: Any, types: tuple[str, str]) -> _Match:
     found = compute.if_else(compute.is_valid(a), compute.index_in(a, value_set=b), None)
     of_a = np.flatnonzero(found.is_valid().to_numpy())
     of_b = found.drop_null().to_numpy().astype(np.int64)
+    if not len(of_a) and types[0] != types[1]:
+        words = {"int": "integers", "str": "strings"}
+        return _Match(None, None, f"ids are {words[types[0]]} in the first, {words[types[1]]} in "
+                                  "the second")  # fmt: skip
     if 2 * len(of_a) <= max(len(a), len(b)):
         why = f"{len(of_a)} ids are in both, of {len(a)} in the first and {len(b)} in the second"
         return _Match(of_a, of_b, why)
@@ -160,9 +165,9 @@ def compare(
     """Compares the distributions of two scores, and, where both hold the same samples, the samples
     one by one.
 
-    Samples are the same if their ids are. They are paired if more than half of the ids of either
-    side are in the other one, too: otherwise positions in two different data sets would pair by
-    chance. Values may be infinite.
+    Samples are the same if their ids are, where integers equal the strings that they are written
+    as. They are paired if more than half of the ids of either side are in the other one, too:
+    otherwise positions in two different data sets would pair by chance. Values may be infinite.
 
     Args:
         a, b: scores, or paths for :func:`fastfi.open_scores`.

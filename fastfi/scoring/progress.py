@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fastfi._extras import require
+from fastfi._extras import MissingExtraError, require
 
 __all__ = ["images_per_second", "progress"]
 
@@ -36,12 +36,20 @@ def progress(
 
     Yields:
         A function to be called with the number of images just done.
+
+    Raises:
+        MissingExtraError: stderr is a terminal, and rich is not installed.
     """
     if show is False:
         yield lambda n: None
         return
-    console = require("rich.console", "showing progress", "score").Console(stderr=True)
-    if console.is_terminal:
+    try:
+        console = require("rich.console", "showing progress", "score").Console(stderr=True)
+    except MissingExtraError:
+        if sys.stderr is not None and sys.stderr.isatty():
+            raise
+        console = None  # what is shown elsewhere, if anything, does not need it
+    if console is not None and console.is_terminal:  # rich knows of notebooks, and of FORCE_COLOR
         from fastfi.scoring._bar import bar_of  # needs rich
 
         with bar_of(verb[0], console) as bar:

@@ -14,10 +14,16 @@ from numpy.typing import NDArray
 from fastfi._extras import MissingExtraError, require
 from fastfi.errors import DataError, OptionError
 from fastfi.scoring.percentiles import PERCENTILES, percentiles
-from fastfi.scoring.stored_columns import Columns, block_names, is_fi, unify
+from fastfi.scoring.stored_columns import (
+    Columns,
+    block_names,
+    is_fi,
+    planned_columns,
+    unify,
+)
 from fastfi.scoring.stored_files import ScoreTable, open_table
 from fastfi.scoring.stored_parts import Stored, find_parts, gaps
-from fastfi.scoring.stored_values import filled, largest, numbers
+from fastfi.scoring.stored_values import filled, largest, numbers, row_numbers
 
 __all__ = ["PERCENTILES", "Scores", "Summary", "open_scores"]
 
@@ -58,7 +64,7 @@ class Scores:
     sample has no score.
 
     Attributes:
-        path: of the folder or file.
+        path: of the folder or file, as it was given.
         config: the measure: "wrt", "inverse", "y", "objective", ...; None if it is not stored.
         model: its class and digest; None if it is not stored.
         data: its kind, length and digest; None if it is not stored.
@@ -67,7 +73,8 @@ class Scores:
             manifest is, whether no part in the middle is seen to be missing.
         missing: ranges [start, stop) of rows that are known to be missing.
         id_type: "int" or "str".
-        columns: names, in order; () while a run has not written anything.
+        columns: names, in order; () while a run has not written anything. Of a finished run on
+            data without samples: those that it would have written.
         fi_columns: the columns of FI among them, without those of the predicted class.
         blocks: names of several blocks; () for one.
     """
@@ -103,8 +110,9 @@ class Scores:
         if self._files:
             self._columns = unify([(str(file.path), file.schema) for file in self._files])
         else:
-            said_id = (manifest or {}).get("id_type")
-            self._columns = Columns({}, "str" if said_id == "str" else "int")
+            planned = planned_columns(manifest or {})
+            empty = said and length == 0  # data without samples; otherwise nothing is there yet
+            self._columns = planned if empty else Columns({}, planned.id_type)
         self.id_type: Literal["int", "str"] = self._columns.id_type
         self.columns = tuple(self._columns.types)
         self.fi_columns = tuple(filter(is_fi, self.columns))
@@ -137,8 +145,8 @@ class Scores:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The parts, in the order of their rows."""
-        return tuple(file.path for file in self._files)
+        """The parts, as absolute paths, in the order of their rows."""
+        return tuple(file.at for file in self._files)
 
     @property
     def schema(self) -> Any:
@@ -246,11 +254,18 @@ class Scores:
             q: each 0 to 100.
             column: of numbers; None means the first of ``fi_columns``.
 
+        Returns:
+            q -> value; {} where the data has no samples.
+
         Raises:
-            OptionError: no such column, or a q out of range. DataError: no sample has a score.
+            OptionError: no such column, or a q out of range. DataError: there are samples, and
+                none has a score; or there are none yet.
         """
         values = self.values(column)
         values = values[~np.isnan(values)]
+        if not len(self) and self.complete:
+            percentiles(np.zeros(1), q)  # checks q
+            return {}
         if not len(values):
             raise DataError(f"{self.path}: no sample has a score in {self.column(column)}")
         return percentiles(values, q)
@@ -270,17 +285,18 @@ class Scores:
             raise OptionError(f"n: expected an integer of at least 0, got {n!r}")
         return self.take(largest(self.values(column), int(n)))
 
-    def take(self, rows: Sequence[int] | NDArray[np.integer]) -> Any:
-        """A pyarrow.Table of the rows with these numbers, in the order given, with all columns.
+    def take(self, rows: Sequence[int] | Sequence[bool] | NDArray[Any]) -> Any:
+        """A pyarrow.Table of some rows, with all columns.
+
+        Args:
+            rows: their numbers, integers from 0 to len - 1, in the order wanted; or a mask, [len]
+                of bool, which is True for them.
 
         Raises:
-            OptionError: a number that is not 0 to len - 1.
+            OptionError: a number out of range, a mask of another length, or neither of the two.
         """
         pa = require("pyarrow", "reading scores", "score")
-        wanted = np.asarray(rows, np.int64).reshape(-1)
-        outside = wanted[(wanted < 0) | (wanted >= len(self))]
-        if len(outside):
-            raise OptionError(f"expected rows 0..{len(self) - 1}, got {outside[0]}")
+        wanted = row_numbers(rows, len(self))
         ascending = np.unique(wanted)
         found = [self.schema.empty_table()]
         for i in np.unique(np.searchsorted(self._starts, ascending, "right") - 1):

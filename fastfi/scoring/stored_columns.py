@@ -7,13 +7,22 @@ pandas makes integers with gaps float64 with NaN.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 from fastfi._extras import require
 from fastfi.errors import DataError
 
-__all__ = ["Columns", "block_names", "conform", "excerpt", "is_fi", "is_number", "unify"]
+__all__ = [
+    "Columns",
+    "block_names",
+    "conform",
+    "excerpt",
+    "is_fi",
+    "is_number",
+    "planned_columns",
+    "unify",
+]
 
 _FI = re.compile(r"fi([:@].*)?", re.DOTALL)
 _SECOND = "predicted_"  # before the names of the predicted class's columns
@@ -136,6 +145,37 @@ def unify(schemas: Sequence[tuple[str, Any]]) -> Columns:
         elif name == "error":
             types[name] = pa.string()
     return Columns(types, id_type)
+
+
+def planned_columns(manifest: Mapping[str, Any]) -> Columns:
+    """The columns that the run of a manifest writes; none where the manifest does not tell them.
+
+    They are those of :func:`fastfi.scoring.measure.value_columns` between the ones of any run.
+    """
+    config, blocks = manifest.get("config"), manifest.get("blocks")
+    id_type: Literal["int", "str"] = "str" if manifest.get("id_type") == "str" else "int"
+    if not isinstance(config, dict):
+        return Columns({}, id_type)
+    wrt, objectives = config.get("wrt"), config.get("objective")
+    single = isinstance(wrt, str) and wrt != "layers"
+    if not _texts(objectives) or not (single or _texts(blocks)):
+        return Columns({}, id_type)
+    pa = require("pyarrow", "reading scores", "score")
+    ends = [""] if single else [f":{name}" for name in blocks or ()]
+    suffixes = [f"@{name}" for name in objectives] if len(objectives) > 1 else [""]
+    types = {"id": pa.string() if id_type == "str" else pa.int64()}
+    types |= dict.fromkeys(("label", "predicted"), pa.int64())
+    for kind in ("", _SECOND) if config.get("y") == "both" else ("",):
+        types[f"{kind}log_prob"] = pa.float64()
+        types |= {f"{kind}fi{end}{at}": pa.float64() for at in suffixes for end in ends}
+        types |= {f"{kind}rank{end}": pa.int64() for end in ends}
+    types["error"] = pa.string()
+    return Columns(types, id_type)
+
+
+def _texts(value: Any) -> TypeGuard[list[str]]:
+    """Whether a value from a file is a list of texts, at least one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def conform(table: Any, names: Sequence[str], columns: Columns, where: str) -> Any:

@@ -22,13 +22,15 @@ class ScoreTable(Protocol):
     """A file of scores.
 
     Attributes:
-        path: of the file.
+        path: of the file, as it was given: for messages.
+        at: its absolute path, by which it is read.
         rows: their number.
         schema: pyarrow.Schema of all columns.
         metadata: of fastfi, without "fastfi." before the names; {} where there is none.
     """
 
     path: Path
+    at: Path
     rows: int
     schema: Any
     metadata: Mapping[str, Any]
@@ -78,9 +80,10 @@ def _metadata(schema: Any) -> dict[str, Any]:
 
 class _Parquet:
     def __init__(self, path: Path) -> None:
-        self.path = path
+        # absolute: the process may change its folder before it reads on
+        self.path, self.at = path, path.absolute()
         parquet = require("pyarrow.parquet", "reading scores", "score")
-        with _reading(path), parquet.ParquetFile(path) as file:
+        with _reading(path), parquet.ParquetFile(self.at) as file:
             self.rows: int = file.metadata.num_rows
             schema = file.schema_arrow
         self.metadata: Mapping[str, Any] = _metadata(schema)
@@ -90,7 +93,7 @@ class _Parquet:
         pa = require("pyarrow", "reading scores", "score")
         parquet = require("pyarrow.parquet", "reading scores", "score")
         have = [name for name in names if name in self.schema.names]
-        with _reading(self.path), parquet.ParquetFile(self.path) as file:
+        with _reading(self.path), parquet.ParquetFile(self.at) as file:
             # "fi:a" brings "fi:a.b" along, by pyarrow's rule for nested columns: conform selects
             for batch in file.iter_batches(_ROWS, columns=have or ["id"]):
                 table = pa.Table.from_batches([batch])
@@ -103,7 +106,7 @@ class _Csv:
     metadata: Mapping[str, Any] = {}
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.at = path, path.absolute()
         pa = require("pyarrow", "reading scores", "score")
         csv = require("pyarrow.csv", "reading scores", "score")
         compute = require("pyarrow.compute", "reading scores", "score")
@@ -126,7 +129,7 @@ class _Csv:
     def _open(self, types: Mapping[str, Any], names: Sequence[str] | None = None) -> Any:
         csv = require("pyarrow.csv", "reading scores", "score")
         return csv.open_csv(
-            self.path,
+            self.at,
             parse_options=csv.ParseOptions(newlines_in_values=True),
             convert_options=csv.ConvertOptions(
                 column_types=types, include_columns=names, null_values=[""]

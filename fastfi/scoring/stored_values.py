@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["filled", "largest", "numbers"]
+from fastfi.errors import OptionError
+
+__all__ = ["filled", "largest", "numbers", "row_numbers"]
 
 
 def numbers(column: Any) -> NDArray[np.float64]:
@@ -27,3 +29,31 @@ def largest(values: NDArray[np.float64], n: int) -> NDArray[np.int64]:
         bound = np.partition(values[at], len(at) - n)[len(at) - n]
         at = at[values[at] >= bound]
     return at[np.argsort(-values[at], kind="stable")][:n]
+
+
+def row_numbers(rows: Any, n: int) -> NDArray[np.int64]:
+    """Numbers of rows [m], in the order given.
+
+    Args:
+        rows: integers from 0 to n - 1, or a mask [n] of bool.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    try:
+        given = np.asarray(rows)
+    except ValueError as error:  # lists of different lengths
+        raise OptionError(f"rows: expected row numbers or a mask ({error})") from error
+    if given.dtype == np.bool_:
+        if given.shape != (n,):
+            raise OptionError(f"rows: expected a mask of shape [{n}], got {list(given.shape)}")
+        return np.flatnonzero(given)
+    given = given.reshape(-1)
+    if not len(given):  # numpy takes an empty list for floats
+        return np.empty(0, np.int64)
+    if given.dtype.kind not in "iu":
+        raise OptionError(f"rows: expected integers or a mask of bool, got {given.dtype}")
+    outside = given[(given < 0) | (given >= n)]
+    if len(outside):
+        raise OptionError(f"expected rows 0..{n - 1}, got {outside[0]}")
+    return given.astype(np.int64)
