@@ -77,18 +77,20 @@ def score(
 
     A sample that fails (an image that cannot be read, NaN pixels, a label out of range, logits that
     are not finite) becomes a row whose column ``error`` says why, and the run goes on. A model that
-    fails on every one of the first samples is an error.
+    fails on every one of the first samples is an error, and so is data of which none of the
+    samples looked at beforehand, eight or more, can be read.
 
     Args:
         model: see :func:`fastfi.influence`; in evaluation mode.
-        data: a Dataset with a length, a DataLoader, a Hugging Face data set, tensors (x, y), an
-            :func:`fastfi.data.open_dataset`, or any iterable. Items are (x, y), (id, x, y), x alone
-            (with ``y="predicted"``), or mappings with such columns. x is a tensor, a NumPy array,
-            or a PIL image, which becomes [C, H, W] float32 in 0..1; y is an integer; an id is an
-            integer or a string, and by default the row's number, or with a DataLoader the number
-            that its sampler gave. Iterables may yield single samples or batches whose labels
-            are [b]. What is read must be the same each time: no shuffling, no random transforms.
-            All samples are scored, those too that a DataLoader's ``drop_last`` would leave out.
+        data: a Dataset with a length, a DataLoader, a Hugging Face data set, whole tensors or
+            arrays (x, y), an :func:`fastfi.data.open_dataset`, or any iterable. Items are (x, y),
+            (id, x, y), x alone (with ``y="predicted"``), or mappings with such columns. x is a
+            tensor, a NumPy array, or a PIL image, which becomes [C, H, W] float32 in 0..1; y is an
+            integer; an id is an integer or a string, and by default the row's number, or with a
+            DataLoader the number that its sampler gave. Iterables may yield single samples or
+            batches whose labels are [b]. What is read must be the same each time: no shuffling, no
+            random transforms. All samples are scored, those too that a DataLoader's ``drop_last``
+            would leave out.
         out: the directory; made if it is not there.
         wrt, inverse, outputs, lump, assume_full_rank, memory_budget: see :func:`fastfi.influence`.
         y: whose influence: ``"label"`` (the paper's Setups 1 and 2), ``"predicted"`` (Setups 3 and
