@@ -33,6 +33,7 @@ from fastfi.backends import cpu, reference, reference_windows
 
 sys.path.insert(0, str(Path(__file__).parent))  # oracle and samplers, from any working directory
 sys.path.append(str(Path(__file__).parent.parent))  # bench and examples
+_INTERPRET = os.environ.get("TRITON_INTERPRET")
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.register_profile("explore", deadline=None, max_examples=400)
@@ -150,6 +151,14 @@ def _windows_of(name: str) -> Any:
         window_influence=partial(cpu.window_influence, isa=name),
         segment_gram=partial(cpu.segment_gram, isa=name),
     )
+
+
+@pytest.fixture(autouse=True)
+def _interpreted() -> Iterator[None]:
+    """What bench.gpu changes for its own process: triton reads it again at a first launch."""
+    yield
+    if _INTERPRET is not None:
+        os.environ["TRITON_INTERPRET"] = _INTERPRET
 
 
 @pytest.fixture
