@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfi._checks import check_lump, check_wrt
 from fastfi.errors import OptionError
 from fastfi.evaluate import Target
-from fastfi.inverse import Damped, Inverse, as_inverse
+from fastfi.inverse import Inverse, as_inverse
 from fastfi.layers.parameters import Parameters, blocks
 from fastfi.memory import check_budget
 from fastfi.model import check_outputs
@@ -80,11 +80,6 @@ class Measure:
         assert isinstance(self.objective, tuple)
         named = zip(self.objectives, self.objective, strict=True)
         return {name: f for name, f in named if not isinstance(f, str)}
-
-    @property
-    def ranked(self) -> bool:
-        """Whether there are ranks: Damped has none."""
-        return not isinstance(self.inverse, Damped)
 
     @property
     def kinds(self) -> tuple[str, ...]:
