@@ -4,7 +4,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 try:
-    from fastfi import attack, layers, plot
+    from fastfi import attack, baselines, layers, plot
     from fastfi.backends import backends
     from fastfi.direction import direction
     from fastfi.errors import (
@@ -61,6 +61,7 @@ __all__ = [
     "__version__",
     "attack",
     "backends",
+    "baselines",
     "check_rank",
     "compare",
     "direction",

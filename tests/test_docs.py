@@ -142,9 +142,9 @@ def test_every_public_name_is_in_the_reference() -> None:
     entries = set(re.findall(r"^::: (\S+)", text, re.M)) | set(
         re.findall(r"^ +heading: (\S+)", text, re.M)
     )
-    modules = ("attack", "layers", "plot", "data", "sklearn", "ray", "report")
+    modules = ("attack", "baselines", "layers", "plot", "data", "sklearn", "ray", "report")
     names = {f"fastfi.{n}" for n in fastfi.__all__ if n not in (*modules, "__version__")}
-    for module in (fastfi.attack, fastfi.layers, fastfi.plot):
+    for module in (fastfi.attack, fastfi.baselines, fastfi.layers, fastfi.plot):
         names |= {f"{module.__name__}.{n}" for n in module.__all__}
     names |= {"fastfi.data.open_dataset", "fastfi.sklearn.InfluenceOutlierDetector"}
     assert names <= entries, f"missing: {sorted(names - entries)}"
