@@ -80,12 +80,13 @@ class _BasicBlock(nn.Module):
 class SmallResNet(nn.Module):
     """For MNIST: [B, 1, 28, 28] in 0..1 to logits [B, K]; 175 thousand parameters in 31 layers.
 
-    A ResNet of three stages with two basic blocks each, 16, 32 and 64 channels.
+    A ResNet of three stages with two basic blocks each, 16, 32 and 64 channels. Other images than
+    grey ones have other ``channels``.
     """
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, classes: int = 10, channels: int = 1) -> None:
         super().__init__()
-        named = [("conv", _conv(1, 16, 3, stride=2)), ("norm", nn.BatchNorm2d(16))]
+        named = [("conv", _conv(channels, 16, 3, stride=2)), ("norm", nn.BatchNorm2d(16))]
         self.stem = nn.Sequential(OrderedDict([*named, ("relu", nn.ReLU())]))
         self.stage1 = nn.Sequential(_BasicBlock(16, 16, 1), _BasicBlock(16, 16, 1))
         self.stage2 = nn.Sequential(_BasicBlock(16, 32, 2), _BasicBlock(32, 32, 1))
@@ -127,13 +128,16 @@ class _Transition(nn.Module):
 class SmallDenseNet(nn.Module):
     """For MNIST: [B, 1, 28, 28] in 0..1 to logits [B, K]; 102 thousand parameters in 55 layers.
 
-    A DenseNet-BC of three dense blocks with four layers each and a growth of 12.
+    A DenseNet-BC of three dense blocks with four layers each and a growth of 12. Other images than
+    grey ones have other ``channels``.
     """
 
-    def __init__(self, classes: int = 10, growth: int = 12, depth: int = 4) -> None:
+    def __init__(
+        self, classes: int = 10, growth: int = 12, depth: int = 4, channels: int = 1
+    ) -> None:
         super().__init__()
         width = 2 * growth
-        self.stem = _conv(1, width, 3, stride=2)
+        self.stem = _conv(channels, width, 3, stride=2)
         for block in (1, 2, 3):
             layers = [_DenseLayer(width + i * growth, growth) for i in range(depth)]
             setattr(self, f"dense{block}", nn.Sequential(*layers))

@@ -1,0 +1,115 @@
+"""A part of the experiment: computed for one data set, kept as numbers, drawn from what is kept.
+
+A part is a module with ``NAME``, ``SETTINGS`` (the fields of Config that it depends on besides the
+networks'), ``compute(context, dataset) -> Result`` and ``draw(dataset, result) -> figures``. Its
+text is ``templates/NAME.md.jinja``, which sees ``values`` of each data set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from examples.shu_zhu_2019.config import Config
+from examples.shu_zhu_2019.context import Context
+
+__all__ = ["Result", "Section", "paths", "run", "stored"]
+
+# What networks, images and scores depend on.
+COMMON = (
+    "large", "seed", "stem_stride", "sum_dropout", "epochs", "cifar_factor", "batch", "rate",
+    "train_images", "test_images",
+)  # fmt: skip
+DPI = 110
+
+
+class Result(NamedTuple):
+    """What a part computed.
+
+    Attributes:
+        values: JSON: what the report's text says. NaN and infinities are not JSON: write None.
+        arrays: the figures' data, by name.
+    """
+
+    values: dict[str, Any]
+    arrays: dict[str, NDArray[Any]]
+
+
+class Section(Protocol):
+    """A module of the experiment."""
+
+    NAME: str
+    SETTINGS: tuple[str, ...]
+    DATASETS: tuple[str, ...]
+    compute: Callable[[Context, str], Result]
+    draw: Callable[[str, Result], Mapping[str, Figure]]
+
+
+def settings(config: Config, section: Section) -> dict[str, Any]:
+    """The settings that a part's numbers depend on."""
+    all_of = asdict(config)
+    return {name: all_of[name] for name in (*COMMON, *section.SETTINGS)}
+
+
+def paths(out: Path, section: Section, dataset: str) -> tuple[Path, Path]:
+    """Where a part keeps its values and arrays."""
+    base = out / "data" / f"{dataset}-{section.NAME}"
+    return base.with_suffix(".json"), base.with_suffix(".npz")
+
+
+def stored(out: Path, section: Section, dataset: str) -> tuple[Result, dict[str, Any]] | None:
+    """What an earlier run kept, and its settings and seconds; None where there is nothing."""
+    text, numbers = paths(out, section, dataset)
+    if not text.exists() or not numbers.exists():
+        return None
+    kept = json.loads(text.read_text())
+    with np.load(numbers, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return Result(kept.pop("values"), arrays), kept
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    write(hidden)
+    os.replace(hidden, path)
+
+
+def run(context: Context, section: Section, dataset: str, again: bool = False) -> Result:
+    """Computes a part and keeps it, unless that was done with the same settings; draws it."""
+    config = context.config
+    now, kept = settings(config, section), stored(config.out, section, dataset)
+    if kept is None or again or kept[1]["settings"] != now:
+        print(f"{dataset}: {section.NAME}", flush=True)
+        start = time.perf_counter()
+        result = section.compute(context, dataset)
+        facts = {
+            "section": section.NAME,
+            "dataset": dataset,
+            "seconds": round(time.perf_counter() - start, 2),
+            "settings": now,
+            "values": result.values,
+        }
+        text, numbers = paths(config.out, section, dataset)
+        line = json.dumps(facts, indent=1, allow_nan=False) + "\n"
+        # The text last: what has one has both.
+        text.unlink(missing_ok=True)
+        _replace(numbers, lambda path: np.savez_compressed(path, **result.arrays))
+        _replace(text, lambda path: path.write_text(line) and None)
+        print(f"  {facts['seconds']:.1f} s", flush=True)
+    else:
+        result = kept[0]
+    for name, figure in section.draw(dataset, result).items():
+        path = config.out / "figures" / f"{dataset}-{section.NAME}-{name}.png"
+        _replace(path, lambda path, figure=figure: figure.savefig(path, dpi=DPI))  # type: ignore[misc]
+    return result

@@ -1,0 +1,193 @@
+"""The reproduction as a whole: settings, what is kept between runs, the command and its report."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from shu_zhu_small import SmallContext
+from shu_zhu_tiny import TINY, tiny_config, write_digits
+
+from examples.shu_zhu_2019 import __main__ as command
+from examples.shu_zhu_2019 import report, section
+from examples.shu_zhu_2019.config import PRESETS, configure
+from examples.shu_zhu_2019.context import Context
+from examples.shu_zhu_2019.section import Result
+from examples.shu_zhu_2019.sections import SECTIONS
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_presets_are_settings(preset: str, tmp_path: Path) -> None:
+    config = configure(preset, tmp_path, tmp_path)
+    assert config.preset == preset and config.large == (preset != "quick")
+
+
+def test_settings_can_be_changed(tmp_path: Path) -> None:
+    changes = ["epochs=7", "rate=0.01", "large=true", "device=cuda:1"]
+    config = configure("quick", tmp_path, tmp_path, ["mnist"], changes)
+    assert (config.epochs, config.rate, config.large) == (7, 0.01, True)
+    assert (config.device, config.datasets) == ("cuda:1", ("mnist",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("epoch=3", "NAME=VALUE with a name of .*epochs.*; got 'epoch=3'"),
+        ("epochs", "got 'epochs'"),
+        ("data=x", "got 'data=x'"),
+        ("epochs=two", "epochs: expected int, got 'two'"),
+        ("epochs=-1", "epochs: expected a number of at least 0, got '-1'"),
+        ("rate=nan", "rate: expected a number of at least 0, got 'nan'"),
+        ("large=yes", "large: expected true or false, got 'yes'"),
+    ],
+)
+def test_wrong_settings_are_named(change: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure("quick", tmp_path, tmp_path, changes=[change])
+
+
+def _part(values: Any, calls: list[str]) -> Any:
+    def compute(context: Context, dataset: str) -> Result:
+        calls.append(dataset)
+        return Result(values, {"fi": np.arange(3.0)})
+
+    def draw(dataset: str, result: Result) -> Mapping[str, Figure]:
+        figure = Figure()
+        figure.add_subplot().plot(result.arrays["fi"])
+        return {"line": figure}
+
+    return SimpleNamespace(
+        NAME="part", SETTINGS=("cook_images",), DATASETS=("mnist",), compute=compute, draw=draw
+    )
+
+
+def test_a_part_is_computed_once_and_drawn_from_what_is_kept(tmp_path: Path) -> None:
+    config, calls = tiny_config(tmp_path), []
+    part = _part({"best": 0.1 + 0.2, "none": None}, calls)
+    first = section.run(Context(config), part, "mnist")
+    figure = config.out / "figures" / "mnist-part-line.png"
+    figure.unlink()
+    second = section.run(Context(config), part, "mnist")
+    assert calls == ["mnist"] and figure.exists()
+    assert second.values == first.values
+    assert np.array_equal(second.arrays["fi"], first.arrays["fi"])
+    names = sorted(p.name for p in (config.out / "data").iterdir())
+    assert names == ["mnist-part.json", "mnist-part.npz"]
+
+
+def test_a_part_is_computed_again_where_its_settings_changed(tmp_path: Path) -> None:
+    config, calls = tiny_config(tmp_path), []
+    part = _part({}, calls)
+    section.run(Context(config), part, "mnist")
+    section.run(Context(replace(config, attack_images=77)), part, "mnist")  # not its business
+    assert len(calls) == 1
+    section.run(Context(replace(config, cook_images=77)), part, "mnist")
+    section.run(Context(replace(config, cook_images=77)), part, "mnist", again=True)
+    section.run(Context(replace(config, cook_images=77, rate=0.5)), part, "mnist")
+    assert len(calls) == 4
+
+
+def test_values_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    with pytest.raises(ValueError, match="JSON"):
+        section.run(Context(config), _part({"share": float("nan")}, []), "mnist")
+    assert section.stored(config.out, _part({}, []), "mnist") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"), (0, "0"), (0.0, "0"), (1, "1"), (12.345, "12.3"), (0.00123, "0.00123"),
+        (1234.5, "1,234"), (99.96, "100"), (2.5e-7, "2.50e-07"), (-0.5, "-0.5"), (3e9, "3.00e+09"),
+    ],
+)  # fmt: skip
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert report.environment().from_string("{{ v | n }}").render(v=value) == text
+
+
+def test_other_filters() -> None:
+    made = report.environment()
+    text = "{{ s | pct }} {{ c | count }} {{ d | name }} {{ e | interval }}"
+    values = {"s": 0.99314, "c": 12345, "d": "cifar10", "e": [0.9, 0.95]}
+    assert made.from_string(text).render(**values) == "99.31 % 12,345 CIFAR-10 0.9 to 0.95"
+
+
+def test_a_report_without_parts_says_so(tmp_path: Path) -> None:
+    text = report.main_template(tiny_config(tmp_path), SECTIONS)
+    assert text.count("not run") >= len(SECTIONS)
+
+
+def _changes() -> list[str]:
+    return [f"{name}={value}" for name, value in TINY.items() if name != "datasets"]
+
+
+def _arguments(root: Path, *more: str) -> list[str]:
+    given = ["--quick", "--data", str(root / "data"), "--out", str(root / "out")]
+    return [*given, "--datasets", "mnist", *more, "--set", *_changes()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the whole command was run, with perceptrons as networks."""
+    root = tmp_path_factory.mktemp("whole")
+    write_digits(root / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "Context", SmallContext)
+        command.main(_arguments(root))
+    return root
+
+
+def test_the_command_makes_the_whole_report(finished: Path) -> None:
+    out = finished / "out"
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert not re.search(r"\bnan\b|\bNone\b|\{\{|\{%", text)
+    for part in SECTIONS:
+        values = json.loads((out / "data" / f"mnist-{part.NAME}.json").read_text())
+        assert values["seconds"] >= 0
+    linked = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert len(linked) >= 10
+    drawn = {f"figures/{path.name}" for path in (out / "figures").iterdir()}
+    assert set(linked) == drawn  # none missing, none unused
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(f'src="{path}"' in page for path in linked)
+    assert "<table>" in page and page.count("<h2") >= len(SECTIONS)
+
+
+def test_a_second_run_computes_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (finished / "out" / "report.md").read_text(encoding="utf-8")
+    for part in SECTIONS:
+        monkeypatch.setattr(part, "compute", None)
+    # Drawing takes longer than what is tested here: three parts will do.
+    command.main(_arguments(finished, "--only", "accuracies", "lumping", "reweighted"))
+    assert (finished / "out" / "report.md").read_text(encoding="utf-8") == before
+
+
+def test_one_part_alone(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for part in SECTIONS:
+        monkeypatch.setattr(part, "compute", lambda *_, name=part.NAME: done.append(name))
+    with pytest.raises(AttributeError):  # what the stand-in returns has no values
+        command.main(_arguments(finished, "--only", "setup3", "--again", "setup3"))
+    assert done == ["setup3"]
+
+
+def test_data_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--quick", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "mnist: expected a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_do_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--quick", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--set", "a=1"]
+    with pytest.raises(SystemExit):
+        command.main(given)
+    assert "got 'a=1'" in capsys.readouterr().err
