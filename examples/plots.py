@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -20,6 +22,7 @@ from fastfi.plot.layers import COLOURS, draw_layers, kind_styles
 __all__ = [
     "Panel",
     "Profiles",
+    "crowded",
     "draw_manhattan",
     "gallery",
     "layer_grid",
@@ -28,6 +31,7 @@ __all__ = [
 ]
 
 GAP = 0.06  # between classes, as a share of a panel's images
+CROWD = 0.05  # of the images; more misclassified ones would hide the others behind their marks
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,20 @@ class Panel:
     axis: str
 
 
-def draw_manhattan(axes: Axes, panel: Panel, classes: Sequence[str], floor: float) -> None:
+def crowded(panels: Sequence[Panel]) -> bool:
+    """Whether some panel has too many misclassified images for large marks."""
+    return any(panel.wrong.mean() > CROWD for panel in panels)
+
+
+def draw_manhattan(
+    axes: Axes, panel: Panel, classes: Sequence[str], floor: float, crowd: bool = False
+) -> None:
     """Points in the order of the classes, inside a class in the order of the data set.
 
     Args:
         classes: their names.
         floor: where smaller values are drawn: 0 has no place on a logarithmic axis.
+        crowd: small dark marks without an edge for misclassified images.
     """
     size = 9.0 if len(panel.fi) < 5_000 else 3.0
     gap = GAP * len(panel.fi) / len(classes)
@@ -66,10 +78,14 @@ def draw_manhattan(axes: Axes, panel: Panel, classes: Sequence[str], floor: floa
         # Seven colours in turn, so neighbouring classes always differ; the axis names them.
         colour = COLOURS[k % len(COLOURS)]
         axes.scatter(x[~wrong], fi[~wrong], s=size, color=colour, lw=0, alpha=0.8, rasterized=True)
-        axes.scatter(x[wrong], fi[wrong], s=34, marker="^", color=colour, ec="black", lw=0.6)
+        marks: dict[str, Any] = {"s": 34, "color": colour, "ec": "black", "lw": 0.6}
+        if crowd:
+            marks = {"s": size, "color": _dark(colour), "lw": 0, "alpha": 0.8, "rasterized": True}
+        axes.scatter(x[wrong], fi[wrong], marker="^", **marks)
         ticks.append(start + (len(fi) - 1) / 2)
         start += len(fi) + gap
-    axes.axhline(1.0, color="0.25", lw=0.8, ls=(0, (5, 3)), zorder=0.6)
+    line = {"color": "black", "lw": 1.3} if crowd else {"color": "0.25", "lw": 0.8}
+    axes.axhline(1.0, ls=(0, (5, 3)), zorder=3, **line)
     axes.set_xticks(ticks, classes)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-gap, start)
@@ -80,11 +96,17 @@ def draw_manhattan(axes: Axes, panel: Panel, classes: Sequence[str], floor: floa
     axes.set_axisbelow(True)
 
 
-def legend_handles() -> list[Artist]:
+def _dark(colour: str) -> tuple[float, ...]:
+    return tuple(0.45 * part for part in to_rgb(colour))
+
+
+def legend_handles(crowd: bool = False) -> list[Artist]:
     """What the marks of :func:`draw_manhattan` mean."""
+    edge = {"color": "0.2", "mec": "none"} if crowd else {"color": "0.7", "mec": "black"}
+    correct = "0.6" if crowd else "0.4"
     return [
         Line2D(
-            [], [], marker="o", ls="", ms=5, color="0.4", mec="none", label="classified correctly"
+            [], [], marker="o", ls="", ms=5, color=correct, mec="none", label="classified correctly"
         ),
         Line2D(
             [],
@@ -92,10 +114,9 @@ def legend_handles() -> list[Artist]:
             marker="^",
             ls="",
             ms=7,
-            color="0.7",
-            mec="black",
             mew=0.6,
             label="misclassified",
+            **edge,
         ),
         Line2D([], [], color="0.25", lw=0.8, ls=(0, (5, 3)), label="FI = 1 (P = 1/2 at full rank)"),
     ]
@@ -115,17 +136,18 @@ def manhattan(
     columns = len(rows[0])
     figure = Figure(figsize=(6.4 * columns, 3.6 * len(rows) + 1.0), dpi=150, layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row")
+    crowd = crowded([panel for row in rows for panel in row])
     for axes_row, panels in zip(grid, rows, strict=True):
         positive = np.concatenate([p.fi[p.fi > 0] for p in panels])
         low = float(positive.min()) if len(positive) else 1.0
         for axes, panel in zip(axes_row, panels, strict=True):
             axes.set_yscale("log")
-            draw_manhattan(axes, panel, classes, low)
+            draw_manhattan(axes, panel, classes, low, crowd)
             axes.yaxis.set_major_locator(LogLocator(numticks=9))
             axes.minorticks_off()
         axes_row[0].set_ylabel("first-order influence FI")
     figure.suptitle(title, fontsize=13)
-    figure.legend(handles=legend_handles(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=legend_handles(crowd), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
 
 

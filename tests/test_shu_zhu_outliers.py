@@ -268,3 +268,23 @@ def test_text_follows_the_values(context: SmallContext, result: Result) -> None:
     assert "the other way round" in claim([-0.2, -0.1], [-0.2, -0.1])
     assert "only in part, or not clearly" in claim([0.1, 0.2], [-0.1, 0.2])
     assert "Without resamples" in claim(None, None)
+    for network in NETWORKS:
+        damped = result.values["networks"][network]["subset"]["differences"]["damped"]
+        # An interval of the subset's average precision holds less than it says: no verdict.
+        damped |= {"roc_interval": [-0.2, -0.1], "precision_interval": [0.1, 0.2]}
+    text = rendered(context, "outliers", {"mnist": result})
+    lines = [line for line in text.splitlines() if "Damped FI as an outlier" in line]
+    assert len(lines) == len(NETWORKS)
+    assert all("area under ROC is smaller" in line and "larger" not in line for line in lines)
+
+
+def test_text_without_resamples(context: SmallContext, result: Result) -> None:
+    def bare(values: Any) -> Any:
+        if isinstance(values, dict):
+            return {k: None if k.endswith("_interval") else bare(v) for k, v in values.items()}
+        return values
+
+    values = bare(result.values) | {"resamples": 0}
+    text = rendered(context, "outliers", {"mnist": Result(values, result.arrays)})
+    assert "no bootstrap resamples" in text and "(-)" not in text and "None" not in text
+    assert "area under ROC differs by" in text

@@ -147,8 +147,9 @@ def test_result_is_json_drawn_and_told(context: SmallContext, result: Result) ->
 
 
 def test_text_follows_the_values(context: SmallContext, result: Result) -> None:
-    def told(gain: float, p: float, memorised: float) -> str:
+    def told(gain: float, p: float, memorised: float, oracle: float = 1.0) -> str:
         changed = copy.deepcopy(result)
+        changed.values["oracle"]["p"] = oracle
         changed.values["weighted"] |= {"gain": gain, "p": p}
         changed.values["memorised"] = memorised
         return rendered(context, "reweighted", {"mnist": changed})
@@ -156,6 +157,10 @@ def test_text_follows_the_values(context: SmallContext, result: Result) -> None:
     assert "weights by FI is more accurate than" in told(0.01, 0.01, 0.0)
     assert "weights by FI is less accurate than" in told(-0.01, 0.01, 0.0)
     assert "weights by FI is not clearly different from" in told(0.01, 0.2, 0.0)
+    assert "Even the oracle" in told(0.01, 0.2, 0.0)
+    worse = told(-0.01, 0.01, 0.0)
+    assert "Even the oracle" not in worse and "clearly less accurate with them" in worse
+    assert "oracle makes no" not in told(-0.01, 0.01, 0.0, oracle=0.01)
     assert "memorised most" in told(0.0, 1.0, 0.8)
     assert "memorised some" in told(0.0, 1.0, 0.3)
     assert "memorised few" in told(0.0, 1.0, 0.05)

@@ -159,6 +159,13 @@ def test_parts_on_linear_networks(tmp_path: Path) -> None:
     check_lumping(lumped.values)
     assert list(lumping.draw("mnist", lumped)) == ["cost"]
     assert "1e-08" in rendered(lumping, lumped.values, context)
+    for network in NETWORKS:
+        for rows in lumped.values[network]["rules"].values():
+            for row in rows:
+                row |= {"median": 0.1, "rise": 0.1, "fall": 0.0}
+    assert "rounding of" not in rendered(lumping, lumped.values, context)
+    lumped.values["ResNet"]["rules"]["damped"][2]["rise"] = 1e-6
+    assert "rounding of" in rendered(lumping, lumped.values, context)
 
 
 def check_lumping(values: dict) -> None:

@@ -44,8 +44,12 @@ def test_settings_can_be_changed(tmp_path: Path) -> None:
         ("epochs", "got 'epochs'"),
         ("data=x", "got 'data=x'"),
         ("epochs=two", "epochs: expected int, got 'two'"),
-        ("epochs=-1", "epochs: expected a number of at least 0, got '-1'"),
-        ("rate=nan", "rate: expected a number of at least 0, got 'nan'"),
+        ("epochs=0", "epochs: expected at least 1, got '0'"),
+        ("rate=nan", "rate: expected at least 1e-08 and at most 1, got 'nan'"),
+        ("flipped=2", "flipped: expected at least 0.001 and at most 0.5, got '2'"),
+        ("outliers=27", "outliers: expected as many of each of ten classes, got '27'"),
+        ("device=gpu", "device: expected cpu, cuda or cuda:N, got 'gpu'"),
+        ("preset=gpu", "got 'preset=gpu'"),
         ("large=yes", "large: expected true or false, got 'yes'"),
     ],
 )
@@ -95,6 +99,37 @@ def test_a_part_is_computed_again_where_its_settings_changed(tmp_path: Path) -> 
     assert len(calls) == 4
 
 
+def test_a_part_of_other_settings_says_so_in_the_report(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    part = SECTIONS[0]
+    kept = {"section": part.NAME, "dataset": "mnist", "machine": "a machine", "seconds": 2.0}
+    network = {
+        "title": "Net", "parameters": 1, "seconds": 3.0, "history": [],
+        "accuracy": dict.fromkeys(("train", "valid", "test"), 0.5),
+        "images": dict.fromkeys(("train", "valid", "test"), 9),
+    }  # fmt: skip
+    kept["values"] = {"ResNet": network, "DenseNet": network}
+    kept["settings"] = section.settings(replace(config, epochs=99), part)
+    text, numbers = section.paths(config.out, part, "mnist")
+    text.parent.mkdir(parents=True)
+    text.write_text(json.dumps(kept))
+    np.savez(numbers)
+    report_text = report.main_template(config, SECTIONS)
+    assert "**Computed with other settings than above:** MNIST with epochs 99." in report_text
+    assert "Computed on: a machine." in report_text
+
+
+def test_a_figure_that_was_not_drawn_does_not_stop_the_report(finished: Path) -> None:
+    config = configure("quick", finished / "data", finished / "out", ["mnist"], _changes())
+    figure = finished / "out" / "figures" / "mnist-lumping-cost.png"
+    content = figure.read_bytes()
+    figure.unlink()
+    try:
+        assert "not drawn yet" in report.main_template(config, SECTIONS)
+    finally:
+        figure.write_bytes(content)
+
+
 def test_values_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     with pytest.raises(ValueError, match="JSON"):
@@ -121,8 +156,11 @@ def test_other_filters() -> None:
 
 
 def test_a_report_without_parts_says_so(tmp_path: Path) -> None:
-    text = report.main_template(tiny_config(tmp_path), SECTIONS)
+    config = replace(tiny_config(tmp_path), cook_images=77)
+    text = report.main_template(config, SECTIONS)
     assert text.count("not run") >= len(SECTIONS)
+    assert "--data DIR --out DIR --quick --datasets mnist --set" in text
+    assert "cook_images=77" in text
 
 
 def _changes() -> list[str]:
@@ -177,6 +215,32 @@ def test_one_part_alone(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(AttributeError):  # what the stand-in returns has no values
         command.main(_arguments(finished, "--only", "setup3", "--again", "setup3"))
     assert done == ["setup3"]
+
+
+def test_other_networks_in_the_folder_are_refused(finished: Path) -> None:
+    before = sorted(p.name for p in (finished / "out" / "scores").iterdir())
+    with pytest.raises(SystemExit, match=r"other settings \(test_images 0, now 50\)"):
+        command.main([*_arguments(finished), "--set", "test_images=50"])
+    assert sorted(p.name for p in (finished / "out" / "scores").iterdir()) == before
+
+
+def test_repeated_options_add_up(finished: Path) -> None:
+    # A second --set must not undo the first: the networks would be others.
+    command.main([*_arguments(finished, "--only", "accuracies"), "--set", "cook_images=12"])
+
+
+def test_no_part_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cifar10").mkdir()
+    given = ["--quick", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        command.main([*given, "--datasets", "cifar10", "--only", "outliers"])
+    assert "--only: expected a part of cifar10" in capsys.readouterr().err
+
+
+def test_quick_and_preset_exclude_each_other(tmp_path: Path) -> None:
+    given = ["--quick", "--preset", "gpu", "--data", str(tmp_path), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        command.main(given)
 
 
 def test_data_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

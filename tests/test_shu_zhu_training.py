@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from examples.shu_zhu_2019 import training
 from examples.shu_zhu_2019.data import Images
 from examples.shu_zhu_2019.networks import Dropout, Scaled
-from examples.shu_zhu_2019.training import Plan, accuracy, load_weights, train
+from examples.shu_zhu_2019.training import Plan, accuracy, load_weights, prepared, train
 
 PLAN = Plan(epochs=3, batch=16, rate=1e-2, checkpoint_seconds=0)
 
@@ -27,8 +27,10 @@ def _images(count: int = 100) -> Images:
 
 def _model() -> nn.Module:
     torch.manual_seed(0)
-    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Dropout(), nn.Flatten()
-    return Scaled(nn.Sequential(*layers, nn.Linear(4 * 16, 2)))
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Dropout()
+    # Weights of several channels: they lie otherwise in memory, channels last.
+    deeper = nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 4, 2)
+    return prepared(Scaled(nn.Sequential(*layers, *deeper)), "cpu")
 
 
 def _same(a: nn.Module, b: nn.Module) -> bool:
@@ -76,7 +78,16 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     torch.manual_seed(99)  # what came before in the process does not matter
     notes = train(resumed, images, None, PLAN, tmp_path / "cut.safetensors")
     assert _same(whole, resumed)
-    assert len(notes["history"]) == 3
+    assert [line["epoch"] for line in notes["history"]] == [1, 2, 3]
+
+
+def test_a_checkpoint_left_beside_finished_weights_goes(tmp_path: Path) -> None:
+    images, path = _images(), tmp_path / "w.safetensors"
+    train(_model(), images, None, PLAN, path)
+    left = tmp_path / "w.training.safetensors"
+    left.write_bytes(b"of a process killed before it could remove it")
+    train(_model(), images, None, PLAN, path)
+    assert not left.exists()
 
 
 def test_other_settings_are_refused_not_mixed(tmp_path: Path) -> None:
@@ -134,6 +145,7 @@ def test_settled_norms_have_the_statistics_without_dropout() -> None:
         after = inner[0](images.pixels() / 255)  # [100, 4, 4, 4], what the norm sees
     # A second norm, behind the dropout.
     inner.insert(4, nn.BatchNorm2d(4))
+    after = after.contiguous()
     training.settle(model, images, 0, "cpu")
     assert not model.training and not inner[3].training
     norm, second = inner[1], inner[4]

@@ -28,6 +28,12 @@ for _path in ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"):
     PAGES[_path] = _path
 for _file in sorted((ROOT / "bench" / "results").glob("*.md")):
     PAGES[f"bench/results/{_file.name}"] = f"results/{_file.name}"
+# Reports of the reproduction of Shu and Zhu (2019), with their figures.
+_REPORTS = "examples/shu_zhu_2019/results"
+for _pattern in ("*/report.md", "*/figures/*.png"):
+    for _file in sorted((ROOT / _REPORTS).glob(_pattern)):
+        _path = _file.relative_to(ROOT / _REPORTS).as_posix()
+        PAGES[f"{_REPORTS}/{_path}"] = f"shu_zhu_2019/{_path}"
 _SOURCES = {site: source for source, site in PAGES.items()}
 
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
@@ -36,6 +42,9 @@ _OPTIONS = re.compile(r"<!-- options of (.+?) -->.*", re.MULTILINE)
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, site in PAGES.items():
+        if not source.endswith(".md"):
+            files.append(File.generated(config, site, abs_src_path=str(ROOT / source)))
+            continue
         text = (ROOT / source).read_text(encoding="utf-8")
         wide = site.startswith("results/")  # tables, reached from the page on performance
         if wide:

@@ -4,11 +4,14 @@ DenseNet-121)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-__all__ = ["DATASETS", "NETWORKS", "PRESETS", "Config", "configure"]
+import torch
+
+__all__ = ["DATASETS", "NETWORKS", "PRESETS", "Config", "changed", "configure"]
 
 DATASETS = ("mnist", "cifar10")
 NETWORKS = ("ResNet", "DenseNet")
@@ -81,17 +84,17 @@ class Config:
 # quick: ten minutes on two cores with both data sets. cpu: the MNIST half in a night on two cores.
 PRESETS: dict[str, dict[str, object]] = {
     "quick": {
-        "train_images": 6_000,
+        "train_images": 4_000,
         "test_images": 2_000,
-        "rule_images": 500,
+        "rule_images": 300,
         "layer_images": 100,
         "layer_rule_images": 50,
         "outliers": 270,
-        "cook_images": 100,
+        "cook_images": 60,
         "cifar_factor": 2,
         "attack_images": 30,
         "bootstrap": 300,
-        "flipped_images": 4_000,
+        "flipped_images": 3_000,
         "flipped_epochs": 4,
         "naive_images": 20,
     },
@@ -130,9 +133,10 @@ def configure(
     """The preset with changes "NAME=VALUE"; ValueError where one has no such name or value."""
     config = replace(Config(data, out, preset=preset), **PRESETS[preset])  # type: ignore[arg-type]
     if datasets:
-        config = replace(config, datasets=tuple(datasets))
+        config = replace(config, datasets=tuple(dict.fromkeys(datasets)))
     types = {f.name: type(getattr(config, f.name)) for f in fields(config)}
     known = sorted(name for name, kind in types.items() if kind in (int, float, bool, str))
+    known.remove("preset")
     for text in changes:
         name, equals, value = text.partition("=")
         if name not in known or not equals:
@@ -141,15 +145,51 @@ def configure(
     return config
 
 
+def changed(config: Config) -> dict[str, object]:
+    """The settings that are not the preset's, but data, out and datasets."""
+    usual = replace(Config(config.data, config.out, preset=config.preset), **PRESETS[config.preset])  # type: ignore[arg-type]
+    return {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.name != "datasets" and getattr(config, f.name) != getattr(usual, f.name)
+    }
+
+
+# The least and the largest value that makes sense; numbers without an entry: at least 1. Where 0
+# is allowed it means all images.
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31),
+    "stem_stride": (1, 2),
+    "batch": (2, math.inf),
+    "rate": (1e-8, 1),
+    "train_images": (0, math.inf),
+    "test_images": (0, math.inf),
+    "flipped_images": (0, math.inf),
+    "outliers": (10, math.inf),
+    "bootstrap": (20, math.inf),
+    "flipped": (0.001, 0.5),
+    "checkpoint_seconds": (0, math.inf),
+}
+
+
 def _parsed(name: str, kind: type, value: str) -> object:
     if kind is bool:
         if value not in ("true", "false"):
             raise ValueError(f"{name}: expected true or false, got {value!r}")
         return value == "true"
+    if name == "device":
+        try:
+            return str(torch.device(value))
+        except RuntimeError:
+            raise ValueError(f"device: expected cpu, cuda or cuda:N, got {value!r}") from None
     try:
         parsed = kind(value)
     except ValueError:
         raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}") from None
-    if kind in (int, float) and not parsed >= 0:
-        raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
+    least, most = RANGES.get(name, (1, math.inf))
+    if not least <= parsed <= most:
+        above = f" and at most {most:g}" if most < math.inf else ""
+        raise ValueError(f"{name}: expected at least {least:g}{above}, got {value!r}")
+    if name == "outliers" and parsed % 10:
+        raise ValueError(f"outliers: expected as many of each of ten classes, got {value!r}")
     return parsed

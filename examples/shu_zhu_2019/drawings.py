@@ -10,10 +10,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from examples.plots import Panel, draw_manhattan, legend_handles
+from examples.plots import Panel, crowded, draw_manhattan, legend_handles
 from fastfi.plot.layers import COLOURS, draw_layers
 
 __all__ = ["WIDTH", "image_rows", "layer_panels", "log_axis", "manhattan_grid", "rules_scatter"]
@@ -22,6 +22,7 @@ WIDTH = 8.2  # inches: 900 pixels
 TICKS = 7
 RULES = {"exact": "the definition", "damped": "Damped", "truncated": "the authors' rule"}
 EXTREME = 1e100  # beyond, a logarithmic axis overflows
+LETTER = 0.0105  # of the axes' width, of a letter of a stage's name
 
 
 def _decades(low: float, high: float) -> tuple[int, int, dict[float, str]]:
@@ -61,35 +62,64 @@ def manhattan_grid(rows: Sequence[Sequence[Panel]], classes: Sequence[str]) -> F
     columns = len(rows[0])
     figure = Figure(figsize=(WIDTH, 2.9 * len(rows) + 0.5), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row")
+    crowd = crowded([panel for row in rows for panel in row])
     for axes_row, panels in zip(grid, rows, strict=True):
         floor = log_axis(axes_row[0], [panel.fi for panel in panels])
         for axes, panel in zip(axes_row, panels, strict=True):
-            draw_manhattan(axes, panel, classes, floor)
-            if columns > 1 and max(map(len, classes)) > 2:
-                axes.tick_params(axis="x", rotation=45)
+            draw_manhattan(axes, panel, classes, floor, crowd)
+            if max(map(len, classes)) > 2:
+                axes.tick_params(axis="x", labelsize=8 if columns > 1 else 9)
+                if columns > 1:
+                    axes.set_xticks(
+                        axes.get_xticks(), classes, rotation=60, ha="right", va="center",
+                        rotation_mode="anchor",
+                    )  # fmt: skip
         axes_row[0].set_ylabel("first-order influence FI")
-    figure.legend(handles=legend_handles(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=legend_handles(crowd), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def image_rows(rows: Sequence[tuple[str, NDArray[np.uint8], Sequence[str]]]) -> Figure:
     """Rows of images, each of them (title, [n, C, H, W] in 0..255, n captions)."""
     columns = max(len(images) for _, images, _ in rows)
-    figure = Figure(figsize=(WIDTH, 2.35 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.5 * len(rows)), layout="constrained")
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, (title, images, captions) in zip(parts, rows, strict=True):
         part.suptitle(title, fontsize=12)
         for b, axes in enumerate(part.subplots(1, columns, squeeze=False)[0]):
-            axes.set_axis_off()
             if b >= len(images):
+                axes.set_axis_off()
                 continue
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
             pixels = images[b].transpose(1, 2, 0)
             if pixels.shape[2] == 1:
                 axes.imshow(pixels[:, :, 0], cmap="gray_r", vmin=0, vmax=255)
             else:
                 axes.imshow(pixels)
-            axes.set_title(captions[b], fontsize=10, y=-0.02, va="top", linespacing=1.4)
+            axes.set_xlabel(captions[b], fontsize=10, linespacing=1.4)
     return figure
+
+
+def _stage_names(axes: Axes, names: Sequence[str]) -> None:
+    """The stages' names above their layers, inside the axes' width and the longest stages' first;
+    one that would meet another is left out."""
+    for text in list(axes.texts):  # draw_layers leaves out the names of short stages between others
+        text.remove()
+    heads = [name.partition(".")[0] for name in names]
+    starts = [i for i, head in enumerate(heads) if i == 0 or head != heads[i - 1]]
+    runs = list(zip(starts, [*starts[1:], len(heads)], strict=True))
+    taken: list[tuple[float, float]] = []
+    for start, stop in sorted(runs, key=lambda run: (run[0] > 0 and run[1] < len(heads),
+                                                     run[0] - run[1])):  # fmt: skip
+        half = LETTER * len(heads[start]) / 2
+        middle = min(max((start + stop) / 2 / len(heads), half), 1 - half)
+        if any(middle - half < high and low < middle + half for low, high in taken):
+            continue
+        taken.append((middle - half, middle + half))
+        axes.text(middle, 1.04, heads[start], ha="center", va="bottom", fontsize=8, color="0.35",
+                  transform=axes.transAxes)  # fmt: skip
 
 
 def _kind_colours(kinds: Sequence[str]) -> dict[str, str]:
@@ -115,7 +145,7 @@ def layer_panels(
     handles: list[Artist] = []
     for axes, (rule, fi, top, middle) in zip(every, panels, strict=True):
         handles = _layer_points(axes, fi, top, middle, names, kinds)
-        axes.set_title(f"{title}, {RULES[rule]}", fontsize=11, loc="left", pad=16)
+        axes.set_title(f"{title}, {RULES[rule]}", fontsize=11, loc="left", pad=20)
         axes.set_ylabel("FI of the layer")
     every[-1].set_xlabel("layer with parameters, from input to output")
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
@@ -132,6 +162,7 @@ def _layer_points(
 ) -> list[Artist]:
     """Draws a panel of :func:`layer_panels`; returns what its marks mean."""
     draw_layers(axes, names, np.empty((0, len(names))))  # the stages
+    _stage_names(axes, names)
     floor = log_axis(axes, [fi, top])
     colours, every = _kind_colours(kinds), np.array(list(kinds))
     # Side by side inside a layer, in the order of the images: a Manhattan plot over layers.
@@ -160,6 +191,19 @@ def _layer_points(
     return handles
 
 
+def _close_limits(axes: Axes, values: NDArray[np.floating]) -> None:
+    """Limits of a logarithmic axis by the values and 1, not by whole decades, where these are few
+    and none is 0."""
+    low, high = min(float(values.min()), 1.0), max(float(values.max()), 1.0)
+    if not 0 < low <= high < 30 * low:
+        return
+    margin = max((high / low) ** 0.08, 1.02)
+    axes.set_ylim(low / margin, high * margin)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def rules_scatter(panels: Sequence[tuple[str, Mapping[str, NDArray[np.floating]]]]) -> Figure:
     """FI under the other rules, as a multiple of exact FI, against exact FI.
 
@@ -173,6 +217,7 @@ def rules_scatter(panels: Sequence[tuple[str, Mapping[str, NDArray[np.floating]]
         for _, fi in panels
     ]
     floor = log_axis(every[0], [v for share in shares for v in share.values()])
+    _close_limits(every[0], np.concatenate([v for share in shares for v in share.values()]))
     handles: list[Artist] = []
     for axes, (title, fi), share in zip(every, panels, shares, strict=True):
         axes.set_xscale("log")

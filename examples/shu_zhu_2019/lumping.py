@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -25,8 +27,10 @@ SETTINGS: tuple[str, ...] = ("rule_images",)
 DATASETS = ("mnist", "cifar10")
 LUMPS = (1e-2, 1e-4, 1e-6, 1e-8)
 RULES = ("exact", "truncated", "damped")
-MOST = {True: 200, False: 2_000}  # images of a large network on a CPU, and otherwise
+TITLES = {"exact": "exact", "truncated": "the authors' rule", "damped": "damped"}
+MOST = {True: 100, False: 2_000}  # images on a CPU, and otherwise
 WARM = 4  # images of a call before the clock starts, in which chunk sizes are measured
+NOTHING = 1e-12  # a change that rounding in float64 makes
 MARKERS = ("o", "s", "^")
 
 
@@ -95,7 +99,7 @@ def _wait(device: str) -> None:
 
 def count_of(config: Config) -> int:
     """How many images."""
-    return min(config.rule_images, MOST[config.large and config.device == "cpu"])
+    return min(config.rule_images, MOST[config.device == "cpu"])
 
 
 def _network(model: nn.Module, x: Tensor, y: Tensor, device: str) -> dict[str, Any]:
@@ -144,9 +148,24 @@ def compute(context: Context, dataset: str) -> Result:
     return Result(values, {"rows": images.rows[at].numpy().astype(np.int32)})
 
 
+def _axis(axes: Axes, changes: Sequence[float]) -> float:
+    """A logarithmic axis for the changes above 0, with a place for 0 below them, which is
+    returned."""
+    first = math.floor(math.log10(min(changes, default=1e-3)))
+    last = math.ceil(math.log10(max(changes, default=1.0)) + 0.1)
+    zero = 10.0 ** (first - 0.15 * max(2, last - first))
+    step = max(1, math.ceil((last - first) / 7))
+    ticks = {zero: "0"} | {10.0**d: f"$10^{{{d}}}$" for d in range(first, last + 1, step)}
+    axes.set_yscale("log")
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.minorticks_off()
+    axes.set_ylim(zero / 2, 10.0**last)
+    return zero
+
+
 def draw(dataset: str, result: Result) -> Mapping[str, Figure]:
     """The median (filled) and the largest (open) change of FI against the mean number of passes;
-    no change stands at the lower edge."""
+    no change stands at a tick of its own, without lines to it."""
     figure = Figure(figsize=(8.6, 4.2), layout="constrained")
     grid = figure.subplots(1, len(NETWORKS), sharey=True, squeeze=False)[0]
     shown = [
@@ -155,20 +174,22 @@ def draw(dataset: str, result: Result) -> Mapping[str, Figure]:
         for rows in result.values[network]["rules"].values()
         for row in rows
         for kind in ("median", "largest")
-        if row[kind]
+        if (row[kind] or 0.0) > NOTHING
     ]
-    floor = max(min(shown, default=1e-6) / 3, 1e-9)  # where 0 stands
+    zero = _axis(grid[0], shown)
     for axes, network in zip(grid, NETWORKS, strict=True):
         for rule, colour, marker in zip(RULES, COLOURS, MARKERS, strict=False):
             rows = [r for r in result.values[network]["rules"][rule] if r["lump"]]
             for kind, face in (("median", colour), ("largest", "white")):
-                points = [(r["passes"], max(r[kind], floor)) for r in rows if r[kind] is not None]
+                how: dict[str, Any] = {"color": colour, "marker": marker, "mfc": face, "ms": 6}
+                points = [(r["passes"], r[kind]) for r in rows if r[kind] is not None]
                 axes.plot(
-                    [p for p, _ in points], [v for _, v in points], color=colour, marker=marker,
-                    mfc=face, ls="-" if kind == "largest" else ":", lw=1, ms=6,
-                    label=f"{rule}, {kind}",
+                    [p for p, _ in points], [v if v > NOTHING else np.nan for _, v in points],
+                    ls="-" if kind == "largest" else ":", lw=1, label=f"{TITLES[rule]}, {kind}",
+                    **how,
                 )  # fmt: skip
-        axes.set_yscale("log")
+                none = [p for p, v in points if v <= NOTHING]
+                axes.plot(none, [zero] * len(none), ls="", **how)
         axes.set_xlim(0, result.values["classes"] - 0.5)
         axes.set_xlabel("backward passes per image, mean")
         axes.set_title(result.values[network]["title"], fontsize=11, loc="left")

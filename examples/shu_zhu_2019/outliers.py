@@ -38,14 +38,16 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 
 def _measures(model: nn.Module, exhausted: list[int]) -> dict[str, Measure]:
     """Every measure but exact FI; ``exhausted`` gets the number of images of each batch for which
-    Cook's influence did not converge."""
+    Cook's influence did not converge. That runs on a float64 copy of the network: in float32 the
+    Hessian of images that are misclassified with confidence loses all its digits."""
+    double = copy.deepcopy(model).double()
 
     def rule(inverse: fastfi.Truncated | fastfi.Damped) -> Measure:
         return lambda x, y: fastfi.influence(model, x, y, inverse=inverse, dtype=torch.float64)
 
     def cook(x: Tensor, y: Tensor) -> Tensor:
         found = fastfi.baselines.max_cook_influence(
-            model, x, y, full_output=True, dtype=torch.float64
+            double, x.double(), y, full_output=True, dtype=torch.float64
         )
         exhausted.append(int((~found.converged).sum()))
         return found.influence

@@ -6,19 +6,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import markdown
-import torch
 
-import fastfi
-from examples.shu_zhu_2019.config import NETWORKS, Config
-from examples.shu_zhu_2019.section import Section, stored
+from examples.shu_zhu_2019.config import NETWORKS, Config, changed
+from examples.shu_zhu_2019.section import Section, settings, stored
 
 __all__ = ["environment", "main_template", "write"]
 
@@ -71,45 +68,56 @@ def environment() -> jinja2.Environment:
     return made
 
 
+class _Part(NamedTuple):
+    """A part's text, and by data set its seconds and where they were taken."""
+
+    text: str
+    seconds: dict[str, float]
+    machines: dict[str, str]
+
+
 def _part(
     made: jinja2.Environment, config: Config, section: Section, common: dict[str, Any]
-) -> tuple[str, dict[str, float]]:
-    """A part's text and its seconds by data set; a line where it has not been run."""
-    parts, seconds = {}, {}
+) -> _Part:
+    parts, seconds, machines, others = {}, {}, {}, []
     for dataset in section.DATASETS:
         kept = stored(config.out, section, dataset)
-        if kept is not None:
-            parts[dataset], seconds[dataset] = kept[0].values, kept[1]["seconds"]
+        if kept is None:
+            continue
+        facts = kept[1]
+        parts[dataset], seconds[dataset] = kept[0].values, facts["seconds"]
+        machines[dataset] = facts["machine"]
+        now = settings(config, section)
+        differ = [
+            f"{k} {facts['settings'].get(k)}" for k in now if facts["settings"].get(k) != now[k]
+        ]
+        if differ:
+            others.append(f"{NAMES[dataset]} with {', '.join(differ)}")
 
     def figure(dataset: str, name: str, caption: str) -> str:
         path = f"figures/{dataset}-{section.NAME}-{name}.png"
         if not (config.out / path).is_file():
-            raise FileNotFoundError(f"{path}: expected a figure of {section.NAME}, found none")
+            return f"*{caption}: not drawn yet; the next run of this part draws it.*\n"
         return f"![{caption}]({path})\n\n*{caption}*\n"
 
     if not parts:
-        return "", seconds
+        return _Part("", {}, {})
     template = made.get_template(f"{section.NAME}.md.jinja")
-    return template.render(parts=parts, seconds=seconds, figure=figure, **common), seconds
+    text = template.render(parts=parts, seconds=seconds, figure=figure, **common)
+    if others:
+        heading, rest = text.lstrip().split("\n", 1)
+        note = f"**Computed with other settings than above:** {'; '.join(others)}."
+        text = f"{heading}\n\n{note}\n{rest}"
+    return _Part(text, seconds, machines)
 
 
-def _machine() -> str:
-    """Where the report is written: processor, threads, versions."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
-    if torch.cuda.is_available():
-        processor = f"{torch.cuda.get_device_name()}, {processor}"
-    return (
-        f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"fastfi {fastfi.__version__}, Python {platform.python_version()}"
-    )
+def _command(config: Config) -> str:
+    """The command of this run, without the paths."""
+    words = ["python -m examples.shu_zhu_2019 --data DIR --out DIR"]
+    words.append("--quick" if config.preset == "quick" else f"--preset {config.preset}")
+    words.append(f"--datasets {' '.join(config.datasets)}")
+    other = [f"{k}={str(v).lower()}" for k, v in changed(config).items()]
+    return " ".join([*words, *(["--set", *other] if other else [])])
 
 
 def main_template(config: Config, sections: Sequence[Section]) -> str:
@@ -121,10 +129,11 @@ def main_template(config: Config, sections: Sequence[Section]) -> str:
         "paper": json.loads((HERE / "paper.json").read_text()),
         "NETWORKS": NETWORKS,
     }
-    texts, runs = [], []
+    texts, runs, machines = [], [], []
     for section in sections:
-        text, seconds = _part(made, config, section, common)
+        text, seconds, where = _part(made, config, section, common)
         texts.append(text)
+        machines += where.values()
         cells = [
             f"{seconds[d]:,.0f} s" if d in seconds else "not run" if d in section.DATASETS else NONE
             for d in NAMES
@@ -134,7 +143,8 @@ def main_template(config: Config, sections: Sequence[Section]) -> str:
         texts=[text for text in texts if text],
         runs=runs,
         datasets=list(NAMES),
-        machine=_machine(),
+        machines=list(dict.fromkeys(machines)),
+        command=_command(config),
         **common,
     )
 

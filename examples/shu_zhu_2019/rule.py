@@ -187,6 +187,8 @@ def _panel(axes: Axes, result: Result, network: str, scale: str, floor: float, t
             label=f"{split} images", rasterized=True,
         )  # fmt: skip
         shift = 0.45 if split == SPLITS[0] else 0.18  # rows of their own below the axis' values
+        if not zero.any():
+            continue
         axes.scatter(
             exact[zero], np.full(zero.sum(), floor * 10.0**-shift), s=14, marker="|",
             color=colour, lw=0.7, alpha=0.6, label=f"{split} images, the rule gives 0",
@@ -221,9 +223,13 @@ def draw(dataset: str, result: Result) -> Mapping[str, Figure]:
         row[0].set_ylabel("FI under the authors' rule")
     for axes in grid[-1]:
         axes.set_xlabel("exact FI")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
+    marks = {
+        label: handle
+        for axes in grid.ravel()
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9,
-        markerscale=2,
+        marks.values(), marks.keys(), loc="outside lower center", ncols=3, frameon=False,
+        fontsize=9, markerscale=2,
     )  # fmt: skip
     return {"scatter": figure}

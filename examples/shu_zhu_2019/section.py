@@ -7,27 +7,33 @@ text is ``templates/NAME.md.jinja``, which sees ``values`` of each data set.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
+import fastfi
 from examples.shu_zhu_2019.config import Config
 from examples.shu_zhu_2019.context import Context
 
-__all__ = ["Result", "Section", "paths", "run", "stored"]
+__all__ = ["COMMON", "Result", "Section", "machine", "paths", "run", "settings", "stored"]
 
 # What networks, images and scores depend on.
 COMMON = (
     "large", "seed", "stem_stride", "sum_dropout", "epochs", "cifar_factor", "batch", "rate",
-    "train_images", "test_images",
+    "train_images", "test_images", "device",
 )  # fmt: skip
 DPI = 110
 
@@ -85,6 +91,31 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
     os.replace(hidden, path)
 
 
+def machine() -> str:
+    """What computes: processor, threads, versions."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        names = [t.partition(":")[2].strip() for t in lines if t.startswith("model name")]
+        processor = names[0] if names else processor
+    if torch.cuda.is_available():
+        processor = f"{torch.cuda.get_device_name()}, {processor}"
+    return (
+        f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"fastfi {fastfi.__version__}, Python {platform.python_version()}"
+    )
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """A PNG, of 256 colours unless there are images or maps in it: a third of the size."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=DPI)
+    whole = Image.open(content).convert("RGB")
+    pictures = any(axes.images for axes in figure.axes)
+    (whole if pictures else whole.quantize(256)).save(path, optimize=True)
+
+
 def run(context: Context, section: Section, dataset: str, again: bool = False) -> Result:
     """Computes a part and keeps it, unless that was done with the same settings; draws it."""
     config = context.config
@@ -96,6 +127,7 @@ def run(context: Context, section: Section, dataset: str, again: bool = False) -
         facts = {
             "section": section.NAME,
             "dataset": dataset,
+            "machine": machine(),
             "seconds": round(time.perf_counter() - start, 2),
             "settings": now,
             "values": result.values,
@@ -111,5 +143,5 @@ def run(context: Context, section: Section, dataset: str, again: bool = False) -
         result = kept[0]
     for name, figure in section.draw(dataset, result).items():
         path = config.out / "figures" / f"{dataset}-{section.NAME}-{name}.png"
-        _replace(path, lambda path, figure=figure: figure.savefig(path, dpi=DPI))  # type: ignore[misc]
+        _replace(path, partial(_save, figure))
     return result

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy.stats import t as student
 from torch import Tensor, nn
 
 import fastfi
@@ -83,20 +84,32 @@ def outcome(result: OnePixel, scores: Tensor) -> Outcome:
     return Outcome(result.success.cpu() & marked, torch.where(marked, fall, 0.0), marked)
 
 
-def summary(draws: Sequence[Outcome], chance: Tensor) -> dict[str, Any]:
+def mean_interval(each: Tensor) -> list[float] | None:
+    """Student's 95 % interval of the mean of values [n] of independent images; None of one."""
+    count = len(each)
+    if count < 2:
+        return None
+    half = float(student.ppf(0.975, count - 1)) * float(each.std()) / math.sqrt(count)
+    return [float(each.mean()) - half, float(each.mean()) + half]
+
+
+def summary(draws: Sequence[Outcome], chance: Sequence[Outcome]) -> dict[str, Any]:
     """Rates over images and draws. The interval counts images, not draws: the draws of one image
     depend on each other.
 
     Args:
-        chance: [n] float64, the mean fall of log P under random pixels. How much further it fell
-            is compared within images: "gain", the mean, with its normal 95 % interval.
+        chance: draws of random pixels on the same images. The means over draws are compared within
+            images: "lift", how much more often the prediction changed, and "gain", how much
+            further log P fell, with intervals of these means.
     """
     count = len(draws[0].changed)
-    rate = float(torch.stack([d.changed for d in draws]).double().mean())
+    changed, by_chance = (
+        torch.stack([d.changed for d in some]).double() for some in (draws, chance)
+    )
     fall = torch.stack([d.fall for d in draws])  # [draws, n]
-    gain = fall.mean(0) - chance  # [n]
-    mean = float(gain.mean())
-    half = Z * float(gain.std()) / math.sqrt(count) if count > 1 else None
+    rate = float(changed.mean())
+    lift = changed.mean(0) - by_chance.mean(0)  # [n]
+    gain = fall.mean(0) - torch.stack([d.fall for d in chance]).mean(0)  # [n]
     return {
         "images": count,
         "draws": len(draws),
@@ -105,8 +118,10 @@ def summary(draws: Sequence[Outcome], chance: Tensor) -> dict[str, Any]:
         "marked": int(draws[0].marked.sum()),
         "fall_mean": float(fall.mean()),
         "fall_median": float(fall.median()),
-        "gain": mean,
-        "gain_interval": None if half is None else [mean - half, mean + half],
+        "lift": float(lift.mean()),
+        "lift_interval": mean_interval(lift),
+        "gain": float(gain.mean()),
+        "gain_interval": mean_interval(gain),
     }
 
 
@@ -163,7 +178,7 @@ def compute(
     for group, at in groups.items():
         attacked = _attacked(model, images, at, seed, device)
         outcomes = {name: [outcome(*r) for r in draws] for name, draws in attacked.items()}
-        chance = torch.stack([o.fall for o in outcomes["random"]]).mean(0)
+        chance = outcomes["random"]
         values[group] = {name: summary(draws, chance) for name, draws in outcomes.items()}
         values[group]["probability"] = [
             float(p) for p in attacked["random"][0][0].log_prob_before.exp().aminmax()

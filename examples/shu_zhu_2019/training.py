@@ -133,8 +133,11 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
 class _State:
     """What a checkpoint holds: weights, AdamW's moments, the generator, the step, the history."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: str) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: str, device: str
+    ) -> None:
         self.model, self.optimizer, self.settings = model, optimizer, settings
+        self.device = device
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
 
@@ -143,8 +146,8 @@ class _State:
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
         tensors["generator"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["cuda_generator"] = torch.cuda.get_rng_state()
+        if self.device.startswith("cuda"):
+            tensors["cuda_generator"] = torch.cuda.get_rng_state(self.device)
         names = ("settings", "step", "seconds", "history")
         _save(tensors, {name: getattr(self, name) for name in names}, path)
 
@@ -165,9 +168,15 @@ class _State:
                 i, _, key = rest.partition(".")
                 moments.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        # The fused step pairs numbers as they lie in memory; the file has them row by row, the
+        # parameters may be channels last.
+        for parameter, own in self.optimizer.state.items():
+            for key, value in own.items():
+                if value.shape == parameter.shape:
+                    own[key] = torch.empty_like(parameter).copy_(value)
         torch.set_rng_state(tensors["generator"])
-        if "cuda_generator" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["cuda_generator"])
+        if "cuda_generator" in tensors and self.device.startswith("cuda"):
+            torch.cuda.set_rng_state(tensors["cuda_generator"], self.device)
         self.step, self.seconds = notes["step"], notes["seconds"]
         self.history = notes["history"]
 
@@ -201,6 +210,7 @@ def train(
         SystemExit: files of a training with other settings are in the way.
     """
     settings = json.dumps({**asdict(plan), "images": len(images), "label": label}, sort_keys=True)
+    partial = path.with_suffix(".training.safetensors")
     if path.exists():
         notes = load_weights(model, path)
         if notes["settings"] != settings:
@@ -208,12 +218,12 @@ def train(
                 f"{path}: weights of another training ({notes['settings']}), expected one of "
                 f"{settings}; remove them, or choose another --out"
             )
+        partial.unlink(missing_ok=True)
         return notes
-    partial = path.with_suffix(".training.safetensors")
     optimizer = torch.optim.AdamW(
         model.parameters(), plan.rate, weight_decay=plan.decay, fused=True
     )
-    state = _State(model, optimizer, settings)
+    state = _State(model, optimizer, settings, device)
     torch.manual_seed(plan.seed)
     if partial.exists():
         state.load(partial)
@@ -234,7 +244,8 @@ def train(
             state.step += 1
             total, seen = total + loss * len(at), seen + len(at)
             now = time.perf_counter()
-            if now - saved > plan.checkpoint_seconds:
+            # After an epoch's last step its line of the history is due first.
+            if now - saved > plan.checkpoint_seconds and state.step % steps_per_epoch:
                 state.seconds, begun = state.seconds + now - begun, now
                 state.save(partial)
                 saved = now
