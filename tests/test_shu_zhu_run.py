@@ -157,10 +157,13 @@ def test_other_filters() -> None:
 
 def test_a_report_without_parts_says_so(tmp_path: Path) -> None:
     config = replace(tiny_config(tmp_path), cook_images=77)
+    config.out.mkdir()
+    (config.out / "notes.md").write_text("The machine was busy.\n")
     text = report.main_template(config, SECTIONS)
     assert text.count("not run") >= len(SECTIONS)
     assert "--data DIR --out DIR --quick --datasets mnist --set" in text
     assert "cook_images=77" in text
+    assert "The machine was busy." in text
 
 
 def _changes() -> list[str]:

@@ -100,7 +100,7 @@ PRESETS: dict[str, dict[str, object]] = {
     },
     "cpu": {
         "large": True,
-        "epochs": 2,
+        "epochs": 4,
         "batch": 64,
         "rate": 1e-3,
         "datasets": ("mnist",),

@@ -121,8 +121,9 @@ def _command(config: Config) -> str:
 
 
 def main_template(config: Config, sections: Sequence[Section]) -> str:
-    """The whole report in Markdown."""
-    made = environment()
+    """The whole report in Markdown; ``notes.md`` in the output folder, which a reader of the report
+    should know, goes below what was run."""
+    made, notes = environment(), config.out / "notes.md"
     common = {
         "config": config,
         "settings": {k: v for k, v in asdict(config).items() if k not in ("data", "out")},
@@ -145,6 +146,7 @@ def main_template(config: Config, sections: Sequence[Section]) -> str:
         datasets=list(NAMES),
         machines=list(dict.fromkeys(machines)),
         command=_command(config),
+        notes=notes.read_text(encoding="utf-8") if notes.is_file() else "",
         **common,
     )
 
