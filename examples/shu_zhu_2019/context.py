@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastfi
 from examples.shu_zhu_2019.config import Config
@@ -116,12 +115,13 @@ class Context:
         start = time.perf_counter()
         scores = fastfi.score(
             model,
-            _Pixels(images),
+            (images.x, images.y),
             out=out,
             y="both",
             assume_full_rank=True,
             batch_size=500,
             device=self.config.device,
+            transform=Tensor.float,
         )
         if new:
             (out / "_seconds.txt").write_text(f"{time.perf_counter() - start:.3f}\n")
@@ -132,16 +132,3 @@ class Context:
         an interrupted run."""
         path = self.config.out / "scores" / f"{dataset}-{network}-{split}" / "_seconds.txt"
         return float(path.read_text()) if path.exists() else None
-
-
-class _Pixels(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """Images as a data set of (x [C, H, W] float32 in 0..255, label)."""
-
-    def __init__(self, images: Images) -> None:
-        self.of = images
-
-    def __len__(self) -> int:
-        return len(self.of)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return self.of.x[i].float(), int(self.of.y[i])

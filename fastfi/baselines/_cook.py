@@ -227,7 +227,8 @@ def max_cook_influence(
     An eigenvalue to which the starting vector is almost orthogonal can be missed: of random
     matrices, one in a thousand with tol=1e-4 and one in several thousand with tol=1e-6. In float32,
     H is known to about 1e-7 of its norm, and M shrinks what lies along g by 1 + g.g: pass a float64
-    model where gradients are as steep as 100.
+    model where gradients are as steep as 100. Where a sample is misclassified with 1 - P of its top
+    class below the machine epsilon, H itself has lost its digits, and convergence does not show it.
 
     Args:
         model, x, y, objective, outputs, dtype: as in :func:`cook_influence`.
