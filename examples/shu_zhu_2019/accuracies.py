@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from examples.shu_zhu_2019.config import NETWORKS
 from examples.shu_zhu_2019.context import Context
-from examples.shu_zhu_2019.measures import columns
 from examples.shu_zhu_2019.section import Result
+from examples.shu_zhu_2019.setup_measures import column
 
 __all__ = ["DATASETS", "NAME", "SETTINGS", "compute", "draw"]
 
@@ -21,8 +21,8 @@ SPLITS = ("train", "valid", "test")
 
 def _accuracy(context: Context, dataset: str, network: str, split: str) -> float:
     """Share of the images whose predicted class is their label, from the pass that scores them."""
-    predicted, label = columns(context.scores(dataset, network, split), "predicted", "label")
-    return float((predicted == label).mean())
+    scores = context.scores(dataset, network, split)
+    return float((column(scores, "predicted") == column(scores, "label")).mean())
 
 
 def compute(context: Context, dataset: str) -> Result:

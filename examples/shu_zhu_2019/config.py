@@ -39,6 +39,7 @@ class Config:
         layer_images: for profiles over the layers (Setup 2.2); layer_rule_images of them under the
             authors' rule.
         outliers: overlapped digits in the training set; a ninth of it again in the validation set.
+        outlier_images: ordinary images in that training set; 0 for all.
         outlier_epochs: of training with them, after training without.
         cook_images: outliers, and as many other images, for Cook's influence and Damped.
         map_images: for figures of maps.
@@ -69,6 +70,7 @@ class Config:
     layer_images: int = 300
     layer_rule_images: int = 100
     outliers: int = 2_700
+    outlier_images: int = 0
     outlier_epochs: int = 1
     cook_images: int = 300
     map_images: int = 3
@@ -166,6 +168,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "test_images": (0, math.inf),
     "flipped_images": (0, math.inf),
     "outliers": (10, math.inf),
+    "outlier_images": (0, math.inf),
     "bootstrap": (20, math.inf),
     "flipped": (0.001, 0.5),
     "checkpoint_seconds": (0, math.inf),

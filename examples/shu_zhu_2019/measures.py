@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,23 +13,9 @@ from torch import Tensor, nn
 
 import fastfi
 from examples.shu_zhu_2019.data import Images
+from examples.shu_zhu_2019.setup_measures import BATCH, column
 
-__all__ = ["BATCH", "columns", "exact_scores", "in_batches", "stands_for"]
-
-BATCH = 500
-
-
-def columns(scores: fastfi.Scores, *names: str) -> list[NDArray[Any]]:
-    """Columns of scores whose ids are positions, in the order of the images: [N] each.
-
-    Raises:
-        RuntimeError: some images have no score.
-    """
-    if scores.errors:
-        raise RuntimeError(f"expected a score of every image, got none for {scores.errors}")
-    table = scores.to_table(["id", *names])
-    order = np.argsort(table["id"].to_numpy())
-    return [table[name].to_numpy()[order] for name in names]
+__all__ = ["exact_scores", "in_batches", "stands_for"]
 
 
 def exact_scores(
@@ -48,8 +33,7 @@ def exact_scores(
         device=device,
         transform=Tensor.float,
     )
-    fi, predicted = columns(scores, "fi", "predicted")
-    return fi.astype(np.float64), predicted
+    return column(scores, "fi"), column(scores, "predicted").astype(np.int64)
 
 
 def in_batches(

@@ -18,16 +18,19 @@ from examples.shu_zhu_2019.config import NETWORKS, Config
 from examples.shu_zhu_2019.context import Context
 from examples.shu_zhu_2019.curves import compared, curve_points
 from examples.shu_zhu_2019.data import CLASSES, Images, balanced
-from examples.shu_zhu_2019.measures import columns, exact_scores, in_batches, stands_for
+from examples.shu_zhu_2019.measures import exact_scores, in_batches, stands_for
 from examples.shu_zhu_2019.outlier_figures import draw
 from examples.shu_zhu_2019.overlapped import SHIFT, overlap
 from examples.shu_zhu_2019.section import Result
+from examples.shu_zhu_2019.setup_measures import column
 from examples.shu_zhu_2019.training import accuracy, train
 
 __all__ = ["DATASETS", "NAME", "SETTINGS", "compute", "draw"]
 
 NAME = "outliers"
-SETTINGS = ("outliers", "outlier_epochs", "rule_images", "cook_images", "bootstrap")
+SETTINGS = (
+    "outliers", "outlier_images", "outlier_epochs", "rule_images", "cook_images", "bootstrap",
+)  # fmt: skip
 DATASETS = ("mnist",)
 SHOWN = 7  # outliers in a row of the figure
 SLOWER = 0.5  # the learning rate with outliers, relative to that without
@@ -108,18 +111,22 @@ def compute(context: Context, dataset: str) -> Result:
     measures on ``cook_images`` of each kind), each as :func:`curves.compared` has it; ``before``:
     as ``whole``, for the networks that never saw an outlier.
     """
-    config, ordinary = context.config, context.images(dataset, "train")
+    config, images = context.config, context.images(dataset, "train")
+    classes = len(CLASSES[dataset])
+    at = balanced(images.y, config.outlier_images, classes, config.seed)
+    ordinary = images.take(at)
     correct = torch.ones(len(ordinary), dtype=torch.bool)
     for network in NETWORKS:
-        (predicted,) = columns(context.scores(dataset, network, "train"), "predicted")
-        correct &= torch.from_numpy(predicted.copy()) == ordinary.y
-    each = max(1, config.outliers // len(CLASSES[dataset]))
+        predicted = column(context.scores(dataset, network, "train"), "predicted")
+        correct &= torch.from_numpy(predicted)[at] == ordinary.y
+    each = max(1, config.outliers // classes)
     extra, extra_valid = overlap(ordinary, correct, each, config.seed)
     values: dict[str, Any] = {
         "each": each,
         "outliers": len(extra),
         "valid_outliers": len(extra_valid),
         "ordinary": len(ordinary),
+        "available": len(images),
         "shift": SHIFT,
         "epochs": config.outlier_epochs,
         "rate": SLOWER * config.rate,
@@ -129,17 +136,22 @@ def compute(context: Context, dataset: str) -> Result:
     }
     arrays: dict[str, Array] = {}
     for network in NETWORKS:
-        found, kept = _network(context, dataset, network, extra, extra_valid)
+        found, kept = _network(context, dataset, network, at, extra, extra_valid)
         values["networks"][network] = found
         arrays |= {f"{network}_{name}": array for name, array in kept.items()}
     return Result(values, arrays)
 
 
 def _network(
-    context: Context, dataset: str, network: str, extra: Images, extra_valid: Images
+    context: Context,
+    dataset: str,
+    network: str,
+    at: Tensor,
+    extra: Images,
+    extra_valid: Images,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Values and arrays of one network."""
-    config, ordinary = context.config, context.images(dataset, "train")
+    """Values and arrays of one network; ``at``: the positions of the ordinary images."""
+    config, ordinary = context.config, context.images(dataset, "train").take(at)
     every = _joined(ordinary, extra)
     test, device, seed = context.images(dataset, "test"), config.device, config.seed
     model, notes = _retrained(context, dataset, network, every, extra_valid)
@@ -150,25 +162,25 @@ def _network(
     outlier = np.arange(len(every)) >= len(ordinary)
     right = predicted == every.y.numpy()
 
-    def both(at: Tensor) -> dict[str, Array]:
-        jacobian, _ = in_batches(measures["jacobian"], every.take(at), device)
-        return {"exact": exact[at.numpy()], "jacobian": jacobian}
+    def both(chosen: Tensor) -> dict[str, Array]:
+        jacobian, _ = in_batches(measures["jacobian"], every.take(chosen), device)
+        return {"exact": exact[chosen.numpy()], "jacobian": jacobian}
 
     everything = torch.arange(len(every))
-    at, weight = _chosen(ordinary.y, extra.y, config.rule_images, seed)
+    some, weight = _chosen(ordinary.y, extra.y, config.rule_images, seed)
     if _everywhere(config):
         whole, sample = both(everything), None
     else:
-        whole, sample = {"exact": exact}, both(at)
+        whole, sample = {"exact": exact}, both(some)
     few, few_weight = _chosen(ordinary.y, extra.y, config.cook_images, seed)
     images, subset, seconds = every.take(few), {"exact": exact[few.numpy()]}, {}
     for name, measure in measures.items():
         subset[name], seconds[name] = in_batches(measure, images, device)
     sets: dict[str, tuple[dict[str, Array], Array, Array | None] | None] = {
         "whole": (whole, outlier, None),
-        "sample": None if sample is None else (sample, outlier[at.numpy()], weight),
+        "sample": None if sample is None else (sample, outlier[some.numpy()], weight),
         "subset": (subset, outlier[few.numpy()], few_weight),
-        "before": ({"exact": _before(context, dataset, network, extra)}, outlier, None),
+        "before": ({"exact": _before(context, dataset, network, at, extra)}, outlier, None),
     }
     found: dict[str, Any] = {
         "title": context.title(network),
@@ -214,16 +226,16 @@ def _network(
     return found, arrays
 
 
-def _before(context: Context, dataset: str, network: str, extra: Images) -> Array:
-    """Exact FI of all images by the network that was trained without outliers."""
+def _before(context: Context, dataset: str, network: str, at: Tensor, extra: Images) -> Array:
+    """Exact FI of the ordinary images and of the outliers by the network trained without them."""
     model = context.model(dataset, network)
 
     def exact(x: Tensor, y: Tensor) -> Tensor:
         return fastfi.influence(model, x, y, assume_full_rank=True, dtype=torch.float64)
 
-    (known,) = columns(context.scores(dataset, network, "train"), "fi")
+    known = column(context.scores(dataset, network, "train"), "fi")
     fresh, _ = in_batches(exact, extra, context.config.device)
-    return np.r_[known, fresh]
+    return np.r_[known[at.numpy()], fresh]
 
 
 def _shown(fi: Array) -> list[int]:
