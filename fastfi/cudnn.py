@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+
+from fastfi._process import ProcessSetting
 
 __all__ = ["TF32_EPS", "differentiable_rnns", "row_eps"]
 
@@ -51,30 +52,24 @@ def _may_convolve(model: Any) -> bool:
     )
 
 
-_lock = threading.Lock()
-_depth = 0
-_before = True
-
-
 @contextmanager
-def differentiable_rnns(module: Any, device: torch.device) -> Iterator[None]:
-    """Forward passes in here can be differentiated although a recurrent layer is in evaluation
-    mode: cuDNN's own recurrent kernels refuse that, torch's do not. Nothing changes for other
-    modules, or on other devices. The setting belongs to the process, so threads share it."""
-    global _depth, _before
-    recurrent = device.type == "cuda" and isinstance(module, nn.Module)
-    if not (recurrent and any(isinstance(m, nn.RNNBase) for m in module.modules())):
-        yield
-        return
-    with _lock:
-        if _depth == 0:
-            _before = torch.backends.cudnn.enabled
-            torch.backends.cudnn.enabled = False
-        _depth += 1
+def _disabled() -> Iterator[None]:
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
     try:
         yield
     finally:
-        with _lock:
-            _depth -= 1
-            if _depth == 0:
-                torch.backends.cudnn.enabled = _before
+        torch.backends.cudnn.enabled = before
+
+
+_without_cudnn = ProcessSetting(_disabled)
+
+
+def differentiable_rnns(module: Any, device: torch.device) -> AbstractContextManager[None]:
+    """Forward passes in here can be differentiated although a recurrent layer is in evaluation
+    mode: cuDNN's own recurrent kernels refuse that, torch's do not. Nothing changes for other
+    modules, or on other devices. The setting belongs to the process, so threads share it."""
+    recurrent = device.type == "cuda" and isinstance(module, nn.Module)
+    if not (recurrent and any(isinstance(m, nn.RNNBase) for m in module.modules())):
+        return nullcontext()
+    return _without_cudnn()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfi._checks import check_finite, check_log_prob_sum, check_prob
+from fastfi._process import ProcessSetting
 from fastfi.errors import OptionError, OutputError
 
 __all__ = ["OUTPUTS", "check_outputs", "eagerly", "forward", "logits_of"]
@@ -18,32 +17,10 @@ __all__ = ["OUTPUTS", "check_outputs", "eagerly", "forward", "logits_of"]
 OUTPUTS = ("logits", "log_probs", "probs")
 
 
-_eager_lock = threading.Lock()
-_eager_depth = 0
-_eager_stance: Any = None
-
-
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Models that torch.compile compiled run uncompiled in here.
-
-    K - 1 backward passes go through one graph, and a compiled graph is made for one: torch 2.13
-    refuses the second pass, or, with donated buffers switched off, returns wrong gradients from it
-    without an error. The stance belongs to the process, so threads that overlap share it.
-    """
-    global _eager_depth, _eager_stance
-    with _eager_lock:
-        if _eager_depth == 0:
-            _eager_stance = torch.compiler.set_stance("force_eager")
-            _eager_stance.__enter__()
-        _eager_depth += 1
-    try:
-        yield
-    finally:
-        with _eager_lock:
-            _eager_depth -= 1
-            if _eager_depth == 0:
-                _eager_stance.__exit__(None, None, None)
+# Models that torch.compile compiled run uncompiled in here. K - 1 backward passes go through one
+# graph, and a compiled graph is made for one: torch 2.13 refuses the second pass, or, with donated
+# buffers switched off, returns wrong gradients from it without an error.
+eagerly = ProcessSetting(lambda: torch.compiler.set_stance("force_eager"))
 
 
 def check_outputs(outputs: str) -> None:

@@ -9,15 +9,15 @@ operations that reverse mode differentiates twice (autograd functions, packed se
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastfi._checks import check_finite, check_label_range
+from fastfi._process import ProcessSetting
 from fastfi.errors import OutputError, SampleError
 from fastfi.memory import ActivationMeter, ChunkPlan
 from fastfi.objectives import Objective, logit_gradient
@@ -26,27 +26,8 @@ from fastfi.sweep import Request
 
 __all__ = ["Curvature", "Slope", "measure"]
 
-_lock = threading.Lock()
-_depth = 0
-_plain_attention = ExitStack()
-
-
-@contextmanager
-def _twice_differentiable_attention() -> Iterator[None]:
-    """Attention in here is made of plain operations: torch's fused kernels can be differentiated
-    once. The setting belongs to the process, so threads that overlap share it."""
-    global _depth
-    with _lock:
-        if _depth == 0:
-            _plain_attention.enter_context(sdpa_kernel(SDPBackend.MATH))
-        _depth += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _depth -= 1
-            if _depth == 0:
-                _plain_attention.close()
+# Attention in here is made of plain operations: torch's fused kernels can be differentiated once.
+_twice_differentiable_attention = ProcessSetting(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 def _cotangent(objective: str | Objective, z: Tensor, y: Tensor) -> Tensor:
