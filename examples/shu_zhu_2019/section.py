@@ -108,12 +108,14 @@ def machine() -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """A PNG, of 256 colours unless there are images or maps in it: a third of the size."""
+    """A PNG, of 256 colours unless there are images or maps in it: a third of the size. They are
+    chosen by coverage: a median cut gives rare marks the colours of frequent ones."""
     content = io.BytesIO()
     figure.savefig(content, dpi=DPI)
     whole = Image.open(content).convert("RGB")
     pictures = any(axes.images for axes in figure.axes)
-    (whole if pictures else whole.quantize(256)).save(path, optimize=True)
+    fewer = whole if pictures else whole.quantize(256, Image.Quantize.MAXCOVERAGE)
+    fewer.save(path, optimize=True)
 
 
 def run(context: Context, section: Section, dataset: str, again: bool = False) -> Result:
