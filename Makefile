@@ -6,8 +6,7 @@ VENV ?= .venv
 # that the environment already has: make test TORCH=
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-# What is imported is compiled when it is, a small part of what is installed.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+INSTALL := $(BIN)/python -m pip install --quiet
 # Files of tests side by side: one more than there are cores, since some wait for other processes.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
