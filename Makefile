@@ -6,7 +6,6 @@ VENV ?= .venv
 # that the environment already has: make test TORCH=
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet
 # Files of tests side by side: one more than there are cores, since some wait for other processes.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -17,7 +16,7 @@ demo: $(VENV)/ready
 	$(BIN)/python -m examples.digits --out demo-output
 
 test: $(VENV)/test-ready
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench.report
@@ -26,25 +25,25 @@ doctor: $(VENV)/ready
 	$(BIN)/python -m fastfi.doctor
 
 lint: $(VENV)/ready
-	$(INSTALL) "ruff>=0.11" "mypy>=1.11"
+	$(BIN)/python -m pip install --quiet "ruff>=0.11" "mypy>=1.11"
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # The site, in site/; warnings are errors. Nothing in it is loaded from elsewhere.
 docs: $(VENV)/ready
-	$(INSTALL) "fastfi[docs]"
+	$(BIN)/python -m pip install --quiet "fastfi[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The editable install builds fastfi/_C in the source tree; changed sources build it again.
 $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --upgrade pip
-	$(if $(TORCH),$(INSTALL) "$(TORCH)")
-	$(INSTALL) --editable ".[examples]"
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
+	$(BIN)/python -m pip install --quiet --editable ".[examples]"
 	touch $@
 
 # What only the tests need, Ray among it; fastfi itself is there already.
 $(VENV)/test-ready: $(VENV)/ready
-	$(INSTALL) "fastfi[test]"
+	$(BIN)/python -m pip install --quiet "fastfi[test]"
 	touch $@
 
 clean:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -42,14 +41,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 _device = "cpu"  # of the operators that the tests call
-
-# Files that take longest, the longest first: dealt out last, one would run while other cores idle.
-_LONGEST = (
-    "test_ray", "test_triton_layers_compile", "test_score_resume", "test_score_ranks",
-    "test_bench_gpu", "test_solve_accuracy", "test_triton_layers", "test_doctor",
-    "test_score_batches", "test_triton_compile", "test_shu_zhu_run", "test_shu_zhu_setup4",
-    "test_docs", "test_cuda_emulation", "test_cli_map_output", "test_cli_output",
-)  # fmt: skip
 
 # Tests of the CPU's own module and of what chooses kernels, and tests with devices of their own.
 _AS_THEY_ARE = ("test_kernels", "test_layer_kernels", "test_choose", "test_on_device", "test_bench")
@@ -234,9 +225,6 @@ def _as_it_is(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {name: i for i, name in enumerate(_LONGEST)}
-    tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (rank.get(item.path.stem, len(rank)), -tests[item.path], item.path))
     for item in items:
         name = getattr(item, "originalname", item.name)
         if not _as_it_is(item) and name in _NOT_ON_A_GPU:
