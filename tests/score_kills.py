@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from score_runs import data, files, network, rows
+from score_runs import before_forks, data, files, network, rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -223,12 +222,7 @@ def at_every_call(folder: Path, overwrite: bool) -> Any:
 
 
 def main() -> Iterator[Any]:
-    torch.set_num_threads(1)
-    # What first calls import, once and not in each child.
-    fastfi.influence(network(), *data(2))
-    pa.array(np.zeros(1), mask=np.zeros(1, bool))
-    import rich.console  # noqa: F401
-
+    before_forks()
     scenario, folder = sys.argv[1], Path(sys.argv[2])
     if scenario == "random":
         yield at_random(folder, ["tensors", "samples", "batches", "npz", "workers"], 4, seed=0)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from networks import mlp
@@ -21,8 +23,8 @@ import fastfi
 from fastfi.scoring import Scores
 
 __all__ = [
-    "CLASSES", "Broken", "Items", "Stream", "check_values", "contents", "data", "files", "measured",
-    "network", "rewrite_manifest", "rows", "run_child", "simulated",
+    "CLASSES", "Broken", "Items", "Stream", "before_forks", "check_values", "contents", "data",
+    "files", "measured", "network", "rewrite_manifest", "rows", "run_child", "simulated",
 ]  # fmt: skip
 
 CLASSES = 4
@@ -85,6 +87,14 @@ class Broken(nn.Module):
             if not isinstance(action, Exception):
                 z = z * torch.where(hit, action, 1.0)[:, None].to(z)
         return z
+
+
+def before_forks() -> None:
+    """Has what first calls import imported once, and not in each child."""
+    torch.set_num_threads(1)
+    fastfi.influence(network(), *data(2))
+    pa.array(np.zeros(1), mask=np.zeros(1, bool))
+    import rich.console  # noqa: F401
 
 
 def rows(scores: Scores) -> dict[str, list[Any]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,16 +28,29 @@ N = 90
 X, Y = data(N)
 
 
-def together(world: int, folder: Path, kind: str, what: str = "score") -> None:
-    """Runs tests/score_ranks.py in so many processes."""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world),
-         "--standalone", str(here / "score_ranks.py"), str(folder), kind, what],
-        capture_output=True, text=True, check=False, timeout=150,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert (done.returncode != 0) == what.startswith("stop"), done.stderr
+Together = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
+    """Lets so many processes score together, by tests/score_ranks.py."""
+    said = tmp_path_factory.mktemp("ranks") / "stderr"
+    paths = os.pathsep.join(sys.path)
+    with said.open("w") as stderr, subprocess.Popen(
+        [sys.executable, "-W", "error", str(Path(__file__).parent / "score_ranks.py")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+    ) as process:  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+
+        def run(world: int, folder: Path, kind: str, what: str = "score") -> None:
+            print(json.dumps([str(folder), world, kind, what]), file=process.stdin, flush=True)
+            failed = process.stdout.readline().strip()
+            assert failed == str(int(what.startswith("stop"))), said.read_text()
+
+        yield run
+        process.stdin.close()
+        assert process.wait(60) == 0, said.read_text()
 
 
 @contextmanager
@@ -52,7 +67,7 @@ def half(rank: int, world: int, folder: Path, given: Any, patch: pytest.MonkeyPa
         fastfi.score(network(), given, out=folder, batch_size=4, part_rows=8)
 
 
-def test_two_processes_killed_and_continued_by_others(tmp_path: Path) -> None:
+def test_two_processes_killed_and_continued_by_others(together: Together, tmp_path: Path) -> None:
     """Two, of which one dies, then three of a stream's, then one: the table of a single run."""
     together(2, tmp_path / "s", "map", "stop4")
     there = stored(tmp_path / "s")
@@ -67,14 +82,14 @@ def test_two_processes_killed_and_continued_by_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["score", "initialised"])
-def test_streams(what: str, tmp_path: Path) -> None:
+def test_streams(what: str, together: Together, tmp_path: Path) -> None:
     """Each process reads the whole stream and scores its own blocks; a group that is there already
     is used and left."""
     together(2, tmp_path / "s", "stream", what)
     check_values(fastfi.open_scores(tmp_path / "s"), network(), X, Y)
 
 
-def test_another_model_in_one_process_stops_all(tmp_path: Path) -> None:
+def test_another_model_in_one_process_stops_all(together: Together, tmp_path: Path) -> None:
     together(2, tmp_path / "s", "map", "model")
     own, other = ((tmp_path / f"error-{rank}").read_text() for rank in (1, 0))
     assert own.startswith("ResumeError: ") and "model, other parameters" in own
@@ -82,7 +97,7 @@ def test_another_model_in_one_process_stops_all(tmp_path: Path) -> None:
     assert stored(tmp_path / "s") == []
 
 
-def test_each_for_itself(tmp_path: Path) -> None:
+def test_each_for_itself(together: Together, tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     together(2, tmp_path / "s", "map", "alone")
     for rank in ("0", "1"):

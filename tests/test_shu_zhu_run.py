@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from shu_zhu_small import SmallContext
 from shu_zhu_tiny import TINY, tiny_config, write_digits
 
 from examples.shu_zhu_2019 import __main__ as command
@@ -167,7 +166,8 @@ def test_a_report_without_parts_says_so(tmp_path: Path) -> None:
 
 
 def _changes() -> list[str]:
-    return [f"{name}={value}" for name, value in TINY.items() if name != "datasets"]
+    sizes = {**TINY, "epochs": 1, "rule_images": 20, "cook_images": 8}
+    return [f"{name}={value}" for name, value in sizes.items() if name != "datasets"]
 
 
 def _arguments(root: Path, *more: str) -> list[str]:
@@ -177,12 +177,10 @@ def _arguments(root: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the whole command was run, with perceptrons as networks."""
+    """A folder in which the whole command was run, with the networks of ``--quick``."""
     root = tmp_path_factory.mktemp("whole")
     write_digits(root / "data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "Context", SmallContext)
-        command.main(_arguments(root))
+    command.main(_arguments(root))
     return root
 
 
@@ -213,7 +211,6 @@ def test_a_second_run_computes_nothing(finished: Path, monkeypatch: pytest.Monke
 
 def test_one_part_alone(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    monkeypatch.setattr(command, "Context", SmallContext)
     for part in SECTIONS:
         compute = part.compute
 
@@ -222,8 +219,8 @@ def test_one_part_alone(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None
             return compute(*given)
 
         monkeypatch.setattr(part, "compute", noted)
-    command.main(_arguments(finished, "--only", "lumping", "--again", "lumping"))
-    assert done == ["lumping"]
+    command.main(_arguments(finished, "--only", "setup3", "--again", "setup3"))
+    assert done == ["setup3"]
 
 
 def test_other_networks_in_the_folder_are_refused(finished: Path) -> None:
