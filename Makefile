@@ -9,6 +9,10 @@ BIN := $(VENV)/bin
 # Files of tests side by side: one more than there are cores, since some wait for other processes.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+# What pip would do with one core, for all modules but packages' own tests; it, too, passes over
+# files that are no valid Python, templates for example.
+COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/(tests|rllib)/' $(VENV)/lib || true
 
 .PHONY: demo test bench lint docs doctor clean
 
@@ -37,13 +41,15 @@ docs: $(VENV)/ready
 $(VENV)/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
-	$(BIN)/python -m pip install --quiet --editable ".[examples]"
+	$(if $(TORCH),$(PIP) "$(TORCH)")
+	$(PIP) --editable ".[examples]"
+	$(COMPILE)
 	touch $@
 
 # What only the tests need, Ray among it; fastfi itself is there already.
 $(VENV)/test-ready: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet "fastfi[test]"
+	$(PIP) "fastfi[test]"
+	$(COMPILE)
 	touch $@
 
 clean:
