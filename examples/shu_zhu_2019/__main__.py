@@ -18,6 +18,7 @@ from examples.shu_zhu_2019 import report
 from examples.shu_zhu_2019.config import DATASETS, PRESETS, Config, configure
 from examples.shu_zhu_2019.context import Context
 from examples.shu_zhu_2019.data import find
+from examples.shu_zhu_2019.files import replace_text
 from examples.shu_zhu_2019.section import COMMON, run
 from examples.shu_zhu_2019.sections import SECTIONS
 
@@ -46,7 +47,7 @@ def _same_networks(config: Config) -> None:
     path = config.out / "settings.json"
     now = {name: getattr(config, name) for name in COMMON}
     if not path.exists():
-        path.write_text(json.dumps(now, indent=1) + "\n")
+        replace_text(path, json.dumps(now, indent=1) + "\n")
         return
     kept = json.loads(path.read_text())
     other = [f"{k} {kept.get(k)}, now {now[k]}" for k in now if kept.get(k) != now[k]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ import jinja2
 import markdown
 
 from examples.shu_zhu_2019.config import NETWORKS, Config, changed
+from examples.shu_zhu_2019.files import replace_text
 from examples.shu_zhu_2019.section import Section, settings, stored
 
 __all__ = ["environment", "main_template", "write"]
@@ -151,16 +151,10 @@ def main_template(config: Config, sections: Sequence[Section]) -> str:
     )
 
 
-def _replace(path: Path, text: str) -> None:
-    hidden = path.with_name(f".{path.name}.tmp")
-    hidden.write_text(text, encoding="utf-8")
-    os.replace(hidden, path)
-
-
 def write(config: Config, sections: Sequence[Section]) -> None:
     """Writes ``report.md`` and ``report.html`` of what is in the output folder."""
     text = main_template(config, sections)
-    _replace(config.out / "report.md", text)
+    replace_text(config.out / "report.md", text)
     body = markdown.markdown(text, extensions=["tables", "toc"], output_format="html")
     page = environment().get_template("page.html.jinja").render(body=body)
-    _replace(config.out / "report.html", page)
+    replace_text(config.out / "report.html", page)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from PIL import Image
 import fastfi
 from examples.shu_zhu_2019.config import Config
 from examples.shu_zhu_2019.context import Context
+from examples.shu_zhu_2019.files import replace, replace_text
 
 __all__ = ["COMMON", "Result", "Section", "machine", "paths", "run", "settings", "stored"]
 
@@ -83,14 +83,6 @@ def stored(out: Path, section: Section, dataset: str) -> tuple[Result, dict[str,
     return Result(kept.pop("values"), arrays), kept
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    write(hidden)
-    os.replace(hidden, path)
-
-
 def machine() -> str:
     """What computes: processor, threads, versions."""
     processor = platform.processor() or platform.machine()
@@ -138,12 +130,12 @@ def run(context: Context, section: Section, dataset: str, again: bool = False) -
         line = json.dumps(facts, indent=1, allow_nan=False) + "\n"
         # The text last: what has one has both.
         text.unlink(missing_ok=True)
-        _replace(numbers, lambda path: np.savez_compressed(path, **result.arrays))
-        _replace(text, lambda path: path.write_text(line) and None)
+        replace(numbers, lambda path: np.savez_compressed(path, **result.arrays))
+        replace_text(text, line)
         print(f"  {facts['seconds']:.1f} s", flush=True)
     else:
         result = kept[0]
     for name, figure in section.draw(dataset, result).items():
         path = config.out / "figures" / f"{dataset}-{section.NAME}-{name}.png"
-        _replace(path, partial(_save, figure))
+        replace(path, partial(_save, figure))
     return result

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from examples.shu_zhu_2019.data import Images
+from examples.shu_zhu_2019.files import replace
 from examples.shu_zhu_2019.networks import Dropout
 
 __all__ = ["Plan", "accuracy", "load_weights", "logits", "prepared", "settle", "train"]
@@ -63,12 +63,8 @@ def _pixels(images: Images, at: Tensor | slice, device: str) -> Tensor:
 
 
 def _save(tensors: dict[str, Tensor], notes: dict[str, Any], path: Path) -> None:
-    """Complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.tmp")
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(flat, hidden, {"notes": json.dumps(notes)})
-    os.replace(hidden, path)
+    replace(path, lambda hidden: save_file(flat, hidden, {"notes": json.dumps(notes)}))
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
