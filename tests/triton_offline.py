@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ class Compiled:
 def compile_kernels(
     requests: Mapping[str, Request], cache: Path, archs: Sequence[int] = targets()
 ) -> dict[tuple[str, int], Compiled]:
-    """Compiles every request for every target, in one subprocess a target.
+    """Compiles every request for every target, in one subprocess.
 
     Args:
         requests: by a name of the caller's.
@@ -93,22 +92,15 @@ def compile_kernels(
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
-
-    def compile_for(arch: int) -> dict[tuple[str, int], Compiled]:
-        text = json.dumps([{"name": k, "arch": arch, **asdict(r)} for k, r in requests.items()])
-        done = subprocess.run(
-            [sys.executable, __file__], input=text, capture_output=True, text=True, env=environment
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"compiling Triton kernels failed:\n{done.stderr[-4000:]}")
-        rows = json.loads(done.stdout.splitlines()[-1])
-        return {(row.pop("name"), arch): Compiled(**row) for row in rows}
-
-    out: dict[tuple[str, int], Compiled] = {}
-    with ThreadPoolExecutor() as pool:
-        for part in pool.map(compile_for, archs):
-            out.update(part)
-    return out
+    each = [{"name": k, "arch": a, **asdict(r)} for a in archs for k, r in requests.items()]
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(each), capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(f"compiling Triton kernels failed:\n{done.stderr[-4000:]}")
+    rows = json.loads(done.stdout.splitlines()[-1])
+    return {(row.pop("name"), row.pop("arch")): Compiled(**row) for row in rows}
 
 
 def _tool(name: str) -> str:
@@ -174,7 +166,8 @@ def _compile(request: Mapping[str, Any]) -> dict[str, Any]:
     code = _machine_code(compiled.asm["cubin"])
     # A program's shared memory is asked for at the launch, where ptxas does not see it.
     code["shared_bytes"] = compiled.metadata.shared
-    return {"name": request["name"], "ptx": compiled.asm["ptx"], **code}
+    named = {"name": request["name"], "arch": request["arch"]}
+    return {**named, "ptx": compiled.asm["ptx"], **code}
 
 
 def main() -> None:
