@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing import sharedctypes
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from score_runs import before_forks, data, files, network, rows
+from score_runs import before_forks, data, files, forked, network, rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -93,17 +92,7 @@ class Child:
     def __init__(self, work: Callable[[], Any], log: Path) -> None:
         self._log = log
         CALLS.value = 0
-        self.pid = os.fork()
-        if self.pid == 0:
-            status = 1
-            try:
-                torch.save(work(), log)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
+        self.pid = forked(lambda: torch.save(work(), log))
 
     def ended(self) -> bool:
         """Whether it has come to an end by itself."""

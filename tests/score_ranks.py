@@ -12,12 +12,11 @@ import json
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-from score_runs import before_forks, data, network
+from score_runs import before_forks, data, forked, network
 from torch import nn
 
 import fastfi
@@ -58,15 +57,11 @@ def scored(folder: Path, rank: int, kind: str, what: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-def forked(rank: int, world: int, folder: Path, kind: str, what: str) -> tuple[int, int]:
-    """Starts a process; returns its id and a pipe, from which it takes the port of the store."""
+def started(rank: int, world: int, folder: Path, kind: str, what: str) -> tuple[int, int]:
+    """A process, by its id, and a pipe, from which it takes the port of the store."""
     port, tell = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(port)
-        return pid, tell
-    status = 1
-    try:
+
+    def work() -> None:
         signal.alarm(150)  # processes that wait for each other for ever
         os.close(tell)
         os.dup2(2, 1)  # the parent's answers go there
@@ -77,19 +72,17 @@ def forked(rank: int, world: int, folder: Path, kind: str, what: str) -> tuple[i
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
         scored(folder, rank, kind, what)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+
+    pid = forked(work)
+    os.close(port)
+    return pid, tell
 
 
 def together(folder: Path, world: int, kind: str, what: str) -> int:
     """One run. Like torchrun it ends all processes once one has failed."""
     running = {}
     for rank in range(world):
-        pid, tell = forked(rank, world, folder, kind, what)
+        pid, tell = started(rank, world, folder, kind, what)
         running[pid] = tell
     # After the forks, since it has threads.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

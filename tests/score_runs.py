@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fastfi.scoring import Scores
 
 __all__ = [
     "CLASSES", "Broken", "Items", "Stream", "before_forks", "check_values", "contents", "data",
-    "files", "measured", "network", "rewrite_manifest", "rows", "run_child", "simulated",
+    "files", "forked", "measured", "network", "rewrite_manifest", "rows", "run_child", "simulated",
 ]  # fmt: skip
 
 CLASSES = 4
@@ -95,6 +96,22 @@ def before_forks() -> None:
     fastfi.influence(network(), *data(2))
     pa.array(np.zeros(1), mask=np.zeros(1, bool))
     import rich.console  # noqa: F401
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Starts a child that does this and ends, with status 1 if it raised; its process id."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return pid
 
 
 def rows(scores: Scores) -> dict[str, list[Any]]:
